@@ -1,0 +1,147 @@
+"""Fusion encoder: two streams with co-attention (METHOD section 3).
+
+Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from scl_jax.models.layers import (
+    BERT_INIT,
+    PostNormConfig,
+    PostNormLayer,
+    Precision,
+    Stack,
+    attention_weights,
+    split_key,
+)
+
+TEXT_TYPE, IMAGE_TYPE, SECOND_IMAGE_TYPE = 0, 1, 2  # rows of the token-type table
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Sizes of the fusion encoder; `token_types` is 2, or 3 for tasks over two images."""
+
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    mlp_width: int = 3072
+    token_types: int = 2
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    remat: str = "none"
+    epsilon: float = 1e-12  # BERT's
+
+
+@flax.struct.dataclass
+class Fused:
+    """Output of the last fusion layer for a batch of pairs."""
+
+    text: Float[Array, "B L D"]
+    image: Float[Array, "B N D"]
+    frames: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def text_global(self) -> Float[Array, "B D"]:
+        """The text's [CLS] (`<s>`)."""
+        return self.text[:, 0]
+
+    @property
+    def frame_globals(self) -> Float[Array, "B F D"]:
+        """The [CLS] of every frame."""
+        return self.image[:, : self.frames]
+
+    @property
+    def patches(self) -> Float[Array, "B F P D"]:
+        """Patch tokens by frame."""
+        b, n, d = self.image.shape
+        return self.image[:, self.frames :].reshape(b, self.frames, (n - self.frames) // self.frames, d)
+
+
+class CoAttentionLayer(nnx.Module):
+    """Both streams read the other's previous output: `x', y' = text(x, y), image(y, x)`."""
+
+    def __init__(self, config: FusionConfig, precision: Precision, rngs: nnx.Rngs):
+        c = config
+        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout)
+        self.text = PostNormLayer(layer, True, precision, rngs)
+        self.image = PostNormLayer(layer, True, precision, rngs)
+
+    def __call__(self, text, image, text_mask, key) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+        text_key, image_key = split_key(key, 2)
+        return (
+            self.text(text, text_mask, image, None, key=text_key),
+            self.image(image, None, text, text_mask, key=image_key),
+        )
+
+
+class FusionEncoder(nnx.Module):
+    """Linear maps into the common width, token types, co-attention layers, poolers."""
+
+    def __init__(self, config: FusionConfig, text_width: int, image_width: int, precision: Precision, rngs: nnx.Rngs):
+        c = config
+        self.text_transform = precision.linear(text_width, c.width, BERT_INIT, rngs)
+        self.image_transform = precision.linear(image_width, c.width, BERT_INIT, rngs)
+        self.token_type = nnx.Param(BERT_INIT(rngs.params(), (c.token_types, c.width), precision.param_dtype))
+        self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs)
+        self.text_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
+        self.image_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
+
+    def add_types(
+        self, text: Float[Array, "B L D"], image: Float[Array, "B N D"], image_type: int = IMAGE_TYPE
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+        """The inputs of the first layer: transformed tokens plus their token-type row."""
+        types = self.token_type[...].astype(text.dtype)
+        return text + types[TEXT_TYPE], image + types[image_type]
+
+    def __call__(
+        self,
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
+        frames: int,
+        key: Key[Array, ""] | None = None,
+        image_type: int = IMAGE_TYPE,
+    ) -> Fused:
+        """Fuses transformed tokens; `frames` of the visual tokens are [CLS], `key` switches dropout on."""
+        x, y = self.add_types(text, image, image_type)
+        x, y = self.layers((x, y), lambda layer, xy, key: layer(*xy, text_mask, key), key)
+        return Fused(x, y, frames)
+
+    def cross_attention_maps(
+        self,
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
+        image_type: int = IMAGE_TYPE,
+    ) -> Float[Array, "B H L N"]:
+        """Text → image attention weights of the last layer's text stream (no dropout)."""
+        x, y = self.add_types(text, image, image_type)
+
+        def layer_with_weights(layer: CoAttentionLayer, state, _):
+            x, y, _ = state
+            own = layer.text.attention(x, None, text_mask, None)
+            query, key, _ = layer.text.cross_attention.project(own, y)
+            return *layer(x, y, text_mask, None), attention_weights(query, key, None)
+
+        heads = self.layers.each.text.attention.qkv.heads
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        empty = jnp.zeros((x.shape[0], heads, x.shape[1], y.shape[1]), dtype)
+        return self.layers((x, y, empty), layer_with_weights)[2]
+
+    def pool(self, fused: Fused) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+        """`tanh(Linear(global token))` of the text and of the image (its frames' [CLS] averaged)."""
+        text = jnp.tanh(self.text_pooler(fused.text_global))
+        image = jnp.tanh(self.image_pooler(fused.frame_globals.mean(axis=1)))
+        return text, image
+
+    def joint(self, fused: Fused) -> Float[Array, "B 2D"]:
+        """concat(pooled text, pooled image)."""
+        return jnp.concatenate(self.pool(fused), axis=-1)

@@ -1,0 +1,76 @@
+"""Heads on top of the encoders (METHOD sections 4 and 7).
+
+Axes: B batch, D width, E width of the contrastive space, V vocabulary, K classes.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from scl_jax.models.layers import BERT_INIT, Precision, gelu
+
+UNIT_EPS = 1e-8
+
+
+def unit(x: Float[Array, "... D"], axis: int = -1) -> Float[Array, "... D"]:
+    """`x / max(‖x‖, 1e-8)` in at least float32; its gradient is finite at 0."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(x * x, axis=axis, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(square, UNIT_EPS**2))
+
+
+class ProjectionHead(nnx.Module):
+    """`Linear(D, D) → LayerNorm → GELU → Linear(D, E)` into the contrastive space, before normalisation."""
+
+    def __init__(self, width: int, out: int, precision: Precision, rngs: nnx.Rngs):
+        self.dense = precision.linear(width, width, BERT_INIT, rngs)
+        self.norm = precision.norm(width, 1e-5, rngs)
+        self.out = precision.linear(width, out, BERT_INIT, rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        return self.out(gelu(self.norm(self.dense(x))))
+
+
+class ContrastiveHead(nnx.Module):
+    """Projections of both modalities and the learned temperature, which divides."""
+
+    def __init__(self, width: int, out: int, temperature: float, precision: Precision, rngs: nnx.Rngs):
+        self.text = ProjectionHead(width, out, precision, rngs)
+        self.image = ProjectionHead(width, out, precision, rngs)
+        self.temperature = nnx.Param(jnp.asarray(temperature, precision.param_dtype))
+
+
+class MatchingHead(nnx.Module):
+    """Joint vector → logits of (other, pair)."""
+
+    def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
+        self.dense = precision.linear(2 * width, 2, BERT_INIT, rngs)
+
+    def __call__(self, joint: Float[Array, "B 2D"]) -> Float[Array, "B 2"]:
+        return self.dense(joint)
+
+
+class MaskedLanguageHead(nnx.Module):
+    """Dense, GELU, LayerNorm, then a decoder to the vocabulary that is not tied to the embeddings."""
+
+    def __init__(self, width: int, vocab_size: int, precision: Precision, rngs: nnx.Rngs):
+        self.dense = precision.linear(width, width, BERT_INIT, rngs)
+        self.norm = precision.norm(width, 1e-12, rngs)  # BERT's epsilon
+        self.decoder = precision.linear(width, vocab_size, BERT_INIT, rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return self.decoder(self.norm(gelu(self.dense(x))))
+
+
+class Classifier(nnx.Module):
+    """`Linear → LayerNorm → GELU → Linear`, the head of VQA, NLVR2 and SNLI-VE."""
+
+    def __init__(self, width: int, hidden: int, classes: int, precision: Precision, rngs: nnx.Rngs):
+        self.dense = precision.linear(width, hidden, BERT_INIT, rngs)
+        self.norm = precision.norm(hidden, 1e-5, rngs)
+        self.out = precision.linear(hidden, classes, BERT_INIT, rngs)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
+        return self.out(gelu(self.norm(self.dense(x))))

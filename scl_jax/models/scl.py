@@ -1,0 +1,77 @@
+"""The whole network: vision encoder, text encoder, fusion encoder and the pre-training heads.
+
+Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D fusion width, E contrastive width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder
+from scl_jax.models.heads import ContrastiveHead, MaskedLanguageHead, MatchingHead
+from scl_jax.models.layers import Precision
+from scl_jax.models.text import TextConfig, TextEncoder
+from scl_jax.models.vision import VisionConfig, VisionEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class SCLConfig:
+    """Sizes of the whole network."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    fusion: FusionConfig = FusionConfig()
+    projection_width: int = 512
+    initial_temperature: float = 0.07
+    precision: Precision = Precision()
+
+
+class SCL(nnx.Module):
+    """Semantic Completion Learning (Ji et al., CVPR 2023) for images and videos."""
+
+    def __init__(self, config: SCLConfig, rngs: nnx.Rngs):
+        c, precision, width = config, config.precision, config.fusion.width
+        self.vision = VisionEncoder(c.vision, precision, rngs)
+        self.text = TextEncoder(c.text, precision, rngs)
+        self.fusion = FusionEncoder(c.fusion, c.text.width, c.vision.width, precision, rngs)
+        self.contrastive = ContrastiveHead(width, c.projection_width, c.initial_temperature, precision, rngs)
+        self.matching = MatchingHead(width, precision, rngs)
+        self.masked_language = MaskedLanguageHead(width, c.text.vocab_size, precision, rngs)
+
+    def encode_image(
+        self,
+        pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"],
+        keep: Int[Array, "B S"] | None = None,
+        replaced: Bool[Array, "B P"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Visual tokens in the fusion width; see `VisionEncoder.embed` for the two kinds of masking."""
+        return self.fusion.image_transform(self.vision(pixels, keep, replaced))
+
+    def encode_text(
+        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Text tokens in the fusion width."""
+        return self.fusion.text_transform(self.text(token_ids, token_mask, key))
+
+    def fuse(
+        self,
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
+        frames: int,
+        key: Key[Array, ""] | None = None,
+        image_type: int = IMAGE_TYPE,
+    ) -> Fused:
+        """Fuses encoded texts with encoded images or clips of `frames` frames."""
+        return self.fusion(text, text_mask, image, frames, key, image_type)
+
+    def project_image(self, image: Float[Array, "B N D"], frames: int) -> Float[Array, "B E"]:
+        """Visual tokens → contrastive space, not normalised; the frames' [CLS] are averaged first."""
+        return self.contrastive.image(image[:, :frames].mean(axis=1))
+
+    def project_text(self, text: Float[Array, "B L D"]) -> Float[Array, "B E"]:
+        """Text tokens → contrastive space, not normalised."""
+        return self.contrastive.text(text[:, 0])

@@ -1,0 +1,75 @@
+"""Text encoder: RoBERTa (METHOD section 2).
+
+Axes: B batch, L text tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from scl_jax.models.layers import BERT_INIT, PostNormConfig, PostNormLayer, Precision, Stack, dropout, split_key
+
+PAD_ID = 1  # RoBERTa's; padding takes position 1, the first token position 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text encoder; `max_positions` counts rows of the position table (514 for 512 tokens)."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    vocab_size: int = 50265
+    max_positions: int = 514
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    remat: str = "none"
+    epsilon: float = 1e-5  # RoBERTa's
+
+
+class TextEncoder(nnx.Module):
+    """Token ids (B, L) → (B, L, D)."""
+
+    def __init__(self, config: TextConfig, precision: Precision, rngs: nnx.Rngs):
+        c = config
+
+        def embedding(rows: int) -> nnx.Embed:
+            return nnx.Embed(
+                rows,
+                c.width,
+                dtype=precision.dtype,
+                param_dtype=precision.param_dtype,
+                embedding_init=BERT_INIT,
+                rngs=rngs,
+            )
+
+        self.word_embedding = embedding(c.vocab_size)
+        self.position_embedding = embedding(c.max_positions)
+        self.segment_embedding = embedding(1)  # RoBERTa has one segment
+        self.norm = precision.norm(c.width, c.epsilon, rngs)
+        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout)
+        self.layers = Stack(lambda rngs: PostNormLayer(layer, False, precision, rngs), c.layers, c.remat, rngs)
+        self.dropout = c.dropout
+
+    def embed(self, token_ids: Int[Array, "B L"], key: Key[Array, ""] | None = None) -> Float[Array, "B L D"]:
+        """Word + position + segment embeddings, LayerNorm, dropout."""
+        real = (token_ids != PAD_ID).astype(jnp.int32)
+        positions = jnp.cumsum(real, axis=1) * real + PAD_ID
+        x = self.word_embedding(token_ids) + self.segment_embedding(jnp.zeros_like(token_ids))
+        return dropout(self.norm(x + self.position_embedding(positions)), self.dropout, key)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B L"],
+        token_mask: Bool[Array, "B L"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Encodes texts; `token_mask` is True at real tokens, `key` switches dropout on."""
+        embed_key, layers_key = split_key(key, 2)
+        x = self.embed(token_ids, embed_key)
+        return self.layers(x, lambda layer, x, key: layer(x, token_mask, key=key), layers_key)

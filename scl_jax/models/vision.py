@@ -1,0 +1,220 @@
+"""Vision encoder: CLIP's ViT for images and videos alike (METHOD section 1). An image is a video of one frame.
+
+Axes: B batch, F frames, P patches of a frame, N = P + 1 tokens of a frame ([CLS] first), D width, S kept patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from scl_jax.models.layers import (
+    FeedForward,
+    Precision,
+    Projection,
+    Stack,
+    attend,
+    gather_tokens,
+    merge_heads,
+    quick_gelu,
+)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision encoder; `image_size` (pixels) is that of the position table, `max_frames` its temporal rows."""
+
+    width: int = 768
+    layers: int = 11
+    heads: int = 12
+    mlp_width: int = 3072
+    patch_size: int = 16
+    image_size: int = 288
+    max_frames: int = 8
+    remat: str = "none"
+    epsilon: float = 1e-5  # CLIP's
+
+
+def normalize_pixels(pixels: UInt8[Array, "*S 3"] | Float[Array, "*S 3"], dtype) -> Float[Array, "*S 3"]:
+    """Bytes to CLIP's zero mean and unit deviation, computed in at least float32; floats pass as they are."""
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
+        return pixels.astype(dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x = pixels.astype(wide) / 255.0
+    return ((x - jnp.asarray(CLIP_MEAN, wide)) / jnp.asarray(CLIP_STD, wide)).astype(dtype)
+
+
+def patchify(pixels: Float[Array, "B F height width 3"], size: int) -> Float[Array, "B F P patch"]:
+    """Non-overlapping square patches, row by row; each patch flattened as (row, column, channel)."""
+    b, f, height, width, channels = pixels.shape
+    if height % size or width % size:
+        raise ValueError(f"images of {height}×{width} pixels do not divide into patches of {size}×{size}")
+    x = pixels.reshape(b, f, height // size, size, width // size, size, channels)
+    x = x.transpose(0, 1, 2, 4, 3, 5, 6)  # (B, F, rows, columns, size, size, 3)
+    return x.reshape(b, f, (height // size) * (width // size), size * size * channels)
+
+
+def bicubic_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of a 1-D bicubic resize as torch does it: align_corners=False, a = -0.75, no antialiasing.
+
+    `jax.image.resize` uses a = -0.5 and is off by 0.3 on CLIP's position embeddings.
+    """
+    a = -0.75
+    source = (np.arange(new) + 0.5) * (old / new) - 0.5
+    left = np.floor(source).astype(int)
+    matrix = np.zeros((new, old))
+    for offset in range(-1, 3):
+        distance = np.abs(source - (left + offset))
+        near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+        far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+        np.add.at(matrix, (np.arange(new), np.clip(left + offset, 0, old - 1)), weight)
+    return matrix
+
+
+def resize_positions(table: Float[Array, "old D"], grid: int) -> Float[Array, "new D"]:
+    """Position rows ([CLS] first) for a `grid` × `grid` image; the [CLS] row is copied (METHOD section 7)."""
+    old = round((table.shape[0] - 1) ** 0.5)
+    if old == grid:
+        return table
+    matrix = jnp.asarray(bicubic_matrix(old, grid), jnp.promote_types(table.dtype, jnp.float32))
+    cube = table[1:].reshape(old, old, -1)
+    patches = jnp.einsum("ri,cj,ijd->rcd", matrix, matrix, cube, precision="highest")
+    return jnp.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
+
+
+class FrameAttention(nnx.Module):
+    """A patch attends to its own frame; the [CLS] of every frame attends to all tokens of all frames."""
+
+    def __init__(self, config: VisionConfig, precision: Precision, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.width**-0.5)
+        out_init = nnx.initializers.normal(config.width**-0.5 * (2 * config.layers) ** -0.5)
+        self.qkv = Projection(config.width, 3, config.heads, init, precision, rngs)
+        self.out = precision.linear(config.width, config.width, out_init, rngs)
+
+    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
+        query, key, value = self.qkv(x)  # (B, F, N, H, d)
+        b, f, n = query.shape[:3]
+
+        def frames_apart(y):  # (B, F, …) → (B·F, …)
+            return y.reshape(b * f, *y.shape[2:])
+
+        def frames_joined(y):  # (B, F, N, H, d) → (B, F·N, H, d)
+            return y.reshape(b, f * n, *y.shape[3:])
+
+        if f == 1:  # [CLS] sees what the patches see: one call
+            y = attend(frames_apart(query), frames_apart(key), frames_apart(value)).reshape(query.shape)
+        else:
+            cls = attend(query[:, :, 0], frames_joined(key), frames_joined(value))  # (B, F, H, d)
+            patches = attend(frames_apart(query[:, :, 1:]), frames_apart(key), frames_apart(value))
+            patches = patches.reshape(b, f, n - 1, *patches.shape[2:])
+            y = jnp.concatenate([cls[:, :, None], patches], axis=2)
+        return self.out(merge_heads(y))
+
+
+class VisionBlock(nnx.Module):
+    """CLIP's pre-LN block."""
+
+    def __init__(self, config: VisionConfig, precision: Precision, rngs: nnx.Rngs):
+        c = config
+        self.norm_1 = precision.norm(c.width, c.epsilon, rngs)
+        self.attention = FrameAttention(c, precision, rngs)
+        self.norm_2 = precision.norm(c.width, c.epsilon, rngs)
+        self.mlp = FeedForward(
+            c.width,
+            c.mlp_width,
+            quick_gelu,
+            precision,
+            rngs,
+            up_init=nnx.initializers.normal((2 * c.width) ** -0.5),
+            down_init=nnx.initializers.normal(c.width**-0.5 * (2 * c.layers) ** -0.5),
+        )
+
+    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+class VisionEncoder(nnx.Module):
+    """(B, F, height, width, 3) → (B, F + F·P, D): the F [CLS] tokens first, then all patches, frame by frame."""
+
+    def __init__(self, config: VisionConfig, precision: Precision, rngs: nnx.Rngs):
+        c = config
+        if c.image_size % c.patch_size:
+            raise ValueError(f"image_size {c.image_size} does not divide by patch_size {c.patch_size}")
+        tokens = (c.image_size // c.patch_size) ** 2 + 1
+        small = nnx.initializers.normal(c.width**-0.5)
+
+        def parameter(*shape: int) -> nnx.Param:
+            return nnx.Param(small(rngs.params(), shape, precision.param_dtype))
+
+        self.patch_embedding = precision.linear(3 * c.patch_size**2, c.width, small, rngs, use_bias=False)
+        self.class_embedding = parameter(c.width)
+        self.mask_embedding = parameter(c.width)
+        self.position_embedding = parameter(tokens, c.width)
+        self.temporal_embedding = parameter(c.max_frames, c.width)
+        self.norm_pre = precision.norm(c.width, c.epsilon, rngs)
+        self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs)
+        self.norm_post = precision.norm(c.width, c.epsilon, rngs)
+        self.patch_size = c.patch_size
+        self.dtype = precision.dtype
+
+    def embed(
+        self,
+        pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"],
+        keep: Int[Array, "B S"] | None = None,
+        replaced: Bool[Array, "B P"] | None = None,
+    ) -> Float[Array, "B F N D"]:
+        """Patch, position and temporal embeddings, before `norm_pre`.
+
+        Args:
+            keep: patches to encode, the same in every frame (drop masking); all without it.
+            replaced: patches whose embedding becomes the learned mask vector (replace masking).
+
+        Raises:
+            ValueError: pixels that do not divide into patches, or more frames than temporal rows.
+        """
+        b, f, height, width, _ = pixels.shape
+        rows = self.temporal_embedding.shape[0]
+        if f > rows:
+            raise ValueError(
+                f"a clip of {f} frames, but the temporal embedding has {rows} rows (model.vision.max_frames)"
+            )
+        if height != width:
+            raise ValueError(f"images must be square, these are {height}×{width} pixels")
+        patches = patchify(normalize_pixels(pixels, self.dtype), self.patch_size)  # (B, F, P, 3·size²)
+        table = resize_positions(self.position_embedding[...], height // self.patch_size).astype(self.dtype)
+        positions = table[None, 1:]  # (1, P, D)
+        if keep is not None:
+            patches = gather_tokens(patches, jnp.broadcast_to(keep[:, None], (b, f, keep.shape[1])))
+            positions = table[1:][keep]  # (B, S, D)
+        x = self.patch_embedding(patches)
+        if replaced is not None:
+            x = jnp.where(replaced[:, None, :, None], self.mask_embedding[...].astype(x.dtype), x)
+        cls = self.class_embedding[...].astype(x.dtype) + table[0]
+        x = jnp.concatenate([jnp.broadcast_to(cls, (b, f, 1, cls.shape[0])), x + positions[:, None]], axis=2)
+        return x + self.temporal_embedding[...][:f, None].astype(x.dtype)
+
+    def __call__(
+        self,
+        pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"],
+        keep: Int[Array, "B S"] | None = None,
+        replaced: Bool[Array, "B P"] | None = None,
+    ) -> Float[Array, "B tokens D"]:
+        """Encodes frames; arguments as in `embed`. `tokens` = F + F·P, with S for P under drop masking."""
+        x = self.norm_pre(self.embed(pixels, keep, replaced))
+        x = self.norm_post(self.blocks(x, lambda block, x, _: block(x)))
+        return class_tokens_first(x)
+
+
+def class_tokens_first(x: Float[Array, "B F N D"]) -> Float[Array, "B tokens D"]:
+    """(B, F, N, D) → the F [CLS] tokens, then all patches, frame by frame: (B, F + F·P, D)."""
+    b, f, n, d = x.shape
+    return jnp.concatenate([x[:, :, 0], x[:, :, 1:].reshape(b, f * (n - 1), d)], axis=1)

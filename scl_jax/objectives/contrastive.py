@@ -1,0 +1,46 @@
+"""InfoNCE and the image-text contrastive objective (METHOD section 4).
+
+Axes: G groups, B rows (samples, or tokens of a group), E width of the compared vectors.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scl_jax.models.heads import unit
+from scl_jax.types import LossSum
+
+
+def info_nce(
+    anchors: Float[Array, "*G B E"],
+    targets: Float[Array, "*G B E"],
+    temperature: float | Float[Array, ""],
+    weight: Float[Array, "*G B"],
+) -> LossSum:
+    """InfoNCE of matched unit vectors, the *sum* of both directions; rows of weight 0 are neither anchor nor negative.
+
+    Returns:
+        Σ_i weight_i · (-log softmax_row(S/t)_ii - log softmax_column(S/t)_ii) and Σ_i weight_i, with S = anchors · targetsᵀ
+        within each group.
+    """
+    similarity = jnp.einsum("...be,...ce->...bc", anchors, targets, precision=jax.lax.Precision.HIGHEST)
+    logits = similarity / temperature
+    real = weight > 0
+    diagonal = jnp.diagonal(logits, axis1=-2, axis2=-1)
+    lowest = jnp.finfo(logits.dtype).min
+    by_row = jax.nn.logsumexp(jnp.where(real[..., None, :], logits, lowest), axis=-1)
+    by_column = jax.nn.logsumexp(jnp.where(real[..., :, None], logits, lowest), axis=-2)
+    terms = by_row + by_column - 2 * diagonal
+    return LossSum(jnp.sum(jnp.where(real, terms, 0.0) * weight), jnp.sum(weight))
+
+
+def contrastive_loss(
+    text: Float[Array, "B E"],
+    image: Float[Array, "B E"],
+    temperature: Float[Array, ""],
+    weight: Float[Array, " B"],
+) -> LossSum:
+    """InfoNCE between projected texts and images over the whole batch; vectors need not be normalised."""
+    return info_nce(unit(text), unit(image), temperature, weight)

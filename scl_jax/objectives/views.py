@@ -1,0 +1,320 @@
+"""Views: every masked or clean version of the images and texts of a batch, each encoded once.
+
+    vision   full · dropped (80 % of the patches left out) · replaced (30 % of the patches become the mask vector)
+    text     full · masked for language modelling (15 %, whole words) · masked for completion (40 %)
+    pairs    matching (full or other, full) · language (full, language-masked) · dropped (dropped, full)
+             · replaced (replaced, full) · completion (full, completion-masked)
+
+`draw_masks` decides everything random, `encode_views` runs the encoders, `fuse_pairs` the fusion encoder. Passes of
+one shape go through a network together, stacked next to each other sample by sample: (B, V, …) → (B·V, …) keeps a
+sample on its device.
+
+Axes: B batch, F frames, P patches of a frame, L text tokens, N visual tokens, D width, S kept patches, R replaced
+patches, M language slots, T completion slots, V views that share a pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Collection
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from scl_jax.models.fusion import Fused
+from scl_jax.models.layers import split_key
+from scl_jax.models.scl import SCL
+from scl_jax.types import Batch
+
+OBJECTIVES = (
+    "contrastive",
+    "matching",
+    "masked_language",
+    "global_vision",
+    "global_text",
+    "local_vision",
+    "local_text",
+)
+# which fused pairs an objective reads
+PAIRS_OF = {
+    "contrastive": (),
+    "matching": ("matching",),
+    "masked_language": ("language",),
+    "global_vision": ("dropped", "completion"),
+    "global_text": ("dropped", "completion"),
+    "local_vision": ("replaced", "completion"),
+    "local_text": ("dropped", "completion"),
+}
+SAME_SHAPE_PAIRS = ("matching", "language", "replaced", "completion")  # (full-size image, text); "dropped" is shorter
+
+
+def pairs_needed(active: Collection[str]) -> frozenset[str]:
+    """The fused pairs that the `active` objectives read."""
+    return frozenset(pair for name in active for pair in PAIRS_OF[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """Shares that are masked, ids of the tokenizer, and the size of a group (samples)."""
+
+    vocab_size: int
+    mask_id: int
+    special_ids: int = 5  # ids below this (and the mask's) never replace a word
+    drop_ratio: float = 0.8
+    replace_ratio: float = 0.3
+    language_ratio: float = 0.15
+    text_ratio: float = 0.4
+    group_size: int = 16
+
+
+@flax.struct.dataclass
+class Masks:
+    """Everything random in the views of one batch. Slots hold token positions; `*_valid` says which slots count."""
+
+    keep: Int[Array, "B S"]  # patches that the dropped view encodes
+    replaced: Bool[Array, "B P"]  # patches that the replaced view replaces
+    replaced_slots: Int[Array, "B R"]  # the same as positions
+    language_ids: Int[Array, "B L"]  # the text corrupted for masked language modelling
+    language_slots: Int[Array, "B M"]
+    language_valid: Bool[Array, "B M"]
+    completion_ids: Int[Array, "B L"]  # the text corrupted for completion
+    completion_slots: Int[Array, "B T"]
+    completion_valid: Bool[Array, "B T"]
+    partner: Int[Array, " B"]  # whose image a text is matched with, in its group
+    is_pair: Bool[Array, " B"]  # whether that is its own
+
+
+def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """An independent key for `name`: another objective's randomness does not move when one is added or removed."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def group_shape(batch: int, group_size: int) -> tuple[int, int]:
+    """(groups, samples of a group); a batch smaller than a group is one group."""
+    size = min(group_size, batch)
+    if batch % size:
+        raise ValueError(f"a batch of {batch} does not divide into groups of {size} (objectives.group_size)")
+    return batch // size, size
+
+
+def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) -> Masks:
+    """Draws all masks of a batch whose images have `patches` patches a frame, from keys folded from `key` by name."""
+    keep = draw_kept_patches(named_key(key, "drop"), batch.weight.shape[0], patches, spec.drop_ratio)
+    replaced, replaced_slots = draw_replaced_patches(
+        named_key(key, "replace"), batch.weight.shape[0], patches, spec.replace_ratio
+    )
+    language_slots, language_valid = draw_whole_words(
+        named_key(key, "language_words"), batch.word_ids, spec.language_ratio
+    )
+    language_ids = corrupt(named_key(key, "language_ids"), batch.token_ids, language_slots, language_valid, spec)
+    slots, valid = draw_completion_tokens(named_key(key, "completion"), batch.word_ids, spec.text_ratio)
+    is_pair, partner = draw_partners(named_key(key, "matching"), batch.item_id, batch.weight, spec.group_size)
+    return Masks(
+        keep=keep,
+        replaced=replaced,
+        replaced_slots=replaced_slots,
+        language_ids=language_ids,
+        language_slots=language_slots,
+        language_valid=language_valid,
+        completion_ids=put(batch.token_ids, slots, valid, spec.mask_id),
+        completion_slots=slots,
+        completion_valid=valid,
+        partner=partner,
+        is_pair=is_pair,
+    )
+
+
+def draw_kept_patches(key: Key[Array, ""], batch: int, patches: int, drop_ratio: float) -> Int[Array, "B S"]:
+    """`int(P·(1-ratio))` random patches of each sample (METHOD section 1: 324 → 64, 196 → 39)."""
+    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
+    return order[:, : int(patches * (1 - drop_ratio))]
+
+
+def draw_replaced_patches(
+    key: Key[Array, ""], batch: int, patches: int, replace_ratio: float
+) -> tuple[Bool[Array, "B P"], Int[Array, "B R"]]:
+    """`int(ratio·P)` random patches of each sample, as a mask and as positions."""
+    count = int(replace_ratio * patches)
+    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
+    rank = jnp.argsort(order, axis=1)
+    return rank < count, order[:, :count]
+
+
+def draw_completion_tokens(
+    key: Key[Array, ""], word_ids: Int[Array, "B L"], ratio: float
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """`int(n·ratio) + 1` distinct random tokens of the n between `<s>` and `</s>`; none where n = 0."""
+    length = word_ids.shape[1]
+    words = word_ids >= 0
+    order = jnp.argsort(jnp.where(words, jax.random.uniform(key, word_ids.shape), 2.0), axis=1)
+    slots = order[:, : int((length - 2) * ratio) + 1]
+    tokens = words.sum(axis=1, keepdims=True)
+    count = jnp.where(tokens > 0, jnp.floor(tokens * ratio + 1e-6).astype(jnp.int32) + 1, 0)
+    return slots, jnp.arange(slots.shape[1])[None] < count
+
+
+def draw_whole_words(
+    key: Key[Array, ""], word_ids: Int[Array, "B L"], ratio: float
+) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
+    """Tokens of whole random words, as many as fit into a share `ratio` of a text's tokens (at least one word).
+
+    Words come in random order and are taken while the sum of their tokens stays within the quota
+    `max(1, round(ratio · n))`, n counting neither special tokens nor padding; the first word is always taken, cut at
+    the number of slots.
+    """
+    length = word_ids.shape[1]
+    slots = max(1, round(ratio * (length - 2)))
+    tokens = (word_ids >= 0).sum(axis=1, keepdims=True)
+    quota = jnp.where(tokens > 0, jnp.maximum(1, jnp.round(ratio * tokens)), 0)
+    # a random score per word, the same for all its tokens, so that sorting tokens keeps words together
+    word_score = jax.random.uniform(key, word_ids.shape)
+    score = jnp.take_along_axis(word_score, jnp.maximum(word_ids, 0), axis=1)
+    score = jnp.where(word_ids >= 0, score, 2.0)
+    order = jnp.argsort(score, axis=1, stable=True)
+    sorted_words = jnp.take_along_axis(word_ids, order, axis=1)
+    position = jnp.arange(length)[None]
+    same = (sorted_words[:, :, None] == sorted_words[:, None, :]) & (sorted_words[:, :, None] >= 0)
+    word_end = jnp.max(jnp.where(same, position[:, None, :] + 1, 0), axis=2)  # tokens up to the end of one's word
+    first = sorted_words == sorted_words[:, :1]
+    chosen = (sorted_words >= 0) & ((word_end <= quota) | first)
+    return order[:, :slots], chosen[:, :slots]
+
+
+def put(ids: Int[Array, "B L"], slots: Int[Array, "B S"], valid: Bool[Array, "B S"], value) -> Int[Array, "B L"]:
+    """`ids` with `value` (a number, or one per slot) written at the valid slots."""
+    length = ids.shape[1]
+    target = jnp.where(valid, slots, length)  # an index past the end is dropped
+    rows = jnp.arange(ids.shape[0])[:, None]
+    return ids.at[rows, target].set(value, mode="drop")
+
+
+def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:
+    """BERT's corruption of the chosen tokens: 80 % become the mask, 10 % a random token, 10 % stay."""
+    choice_key, token_key = jax.random.split(key)
+    choice = jax.random.uniform(choice_key, slots.shape)
+    random_ids = jax.random.randint(token_key, slots.shape, spec.special_ids, spec.vocab_size - 1)
+    random_ids += (random_ids >= spec.mask_id) & (spec.mask_id >= spec.special_ids)  # never the mask itself
+    old = jnp.take_along_axis(ids, slots, axis=1)
+    new = jnp.where(choice < 0.8, spec.mask_id, jnp.where(choice < 0.9, random_ids, old))
+    return put(ids, slots, valid, new)
+
+
+def draw_partners(
+    key: Key[Array, ""], item_id: Int[Array, " B"], weight: Float[Array, " B"], group_size: int
+) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
+    """Half of a group keeps its image, the others get that of another member: never the same item, never padding.
+
+    A sample without such a member keeps its own image and is a true pair.
+
+    Returns:
+        is_pair: whether the image is the text's own.
+        partner: index within the group of the sample whose image is taken.
+    """
+    groups, size = group_shape(item_id.shape[0], group_size)
+    half_key, partner_key = jax.random.split(key)
+    keeps = jnp.argsort(jnp.argsort(jax.random.uniform(half_key, (groups, size)), axis=1), axis=1) < (size + 1) // 2
+    items, real = item_id.reshape(groups, size), weight.reshape(groups, size) > 0
+    allowed = (items[:, :, None] != items[:, None, :]) & real[:, None, :]
+    score = jnp.where(allowed, jax.random.uniform(partner_key, allowed.shape), -1.0)
+    is_pair = keeps | ~allowed.any(axis=2)
+    partner = jnp.where(is_pair, jnp.arange(size)[None], jnp.argmax(score, axis=2))
+    return is_pair.reshape(-1), partner.reshape(-1)
+
+
+def interleave(views: list[Array]) -> Array:
+    """V arrays (B, …) → (B·V, …), the views of a sample next to each other."""
+    x = jnp.stack(views, axis=1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def separate(x: Array, count: int) -> list[Array]:
+    """(B·V, …) → V arrays (B, …), undoing `interleave`."""
+    x = x.reshape(-1, count, *x.shape[1:])
+    return [x[:, view] for view in range(count)]
+
+
+@flax.struct.dataclass
+class Views:
+    """Encoded views by name: images (B, N, D) and texts (B, L, D), in the fusion width."""
+
+    images: dict[str, Float[Array, "B N_ D"]]
+    texts: dict[str, Float[Array, "B L D"]]
+    frames: int = flax.struct.field(pytree_node=False)
+
+
+def encode_views(
+    model: SCL, batch: Batch, masks: Masks, pairs: Collection[str], key: Key[Array, ""] | None = None
+) -> Views:
+    """Encodes the views that `pairs` read (and always the clean ones), each once; `key` switches dropout on."""
+    pixels = {"full": batch.pixels}  # what shares a pass: name → pixels
+    if "replaced" in pairs:
+        pixels["replaced"] = batch.pixels
+    if "matching" in pairs and batch.false_pixels is not None:
+        pixels["false"] = batch.false_pixels
+    none = jnp.zeros_like(masks.replaced)
+    replaced = [masks.replaced if name == "replaced" else none for name in pixels] if "replaced" in pairs else None
+    encoded = model.encode_image(
+        interleave(list(pixels.values())), replaced=None if replaced is None else interleave(replaced)
+    )
+    images = dict(zip(pixels, separate(encoded, len(pixels)), strict=True))
+    if "dropped" in pairs:
+        images["dropped"] = model.encode_image(batch.pixels, keep=masks.keep)
+
+    ids = {"full": batch.token_ids}
+    if "language" in pairs:
+        ids["language"] = masks.language_ids
+    if "completion" in pairs:
+        ids["completion"] = masks.completion_ids
+    text_mask = interleave([batch.token_mask] * len(ids))
+    encoded = model.encode_text(interleave(list(ids.values())), text_mask, key)
+    texts = dict(zip(ids, separate(encoded, len(ids)), strict=True))
+    return Views(images, texts, batch.pixels.shape[1])
+
+
+def take_partner(x: Float[Array, "B N D"], partner: Int[Array, " B"], group_size: int) -> Float[Array, "B N D"]:
+    """Rows of `x` by index within each group; nothing crosses groups."""
+    groups, size = group_shape(partner.shape[0], group_size)
+    grouped = x.reshape(groups, size, *x.shape[1:])
+    index = partner.reshape(groups, size, *[1] * (x.ndim - 1))
+    return jnp.take_along_axis(grouped, index, axis=1).reshape(x.shape)
+
+
+def fuse_pairs(
+    model: SCL,
+    batch: Batch,
+    views: Views,
+    masks: Masks,
+    pairs: Collection[str],
+    group_size: int,
+    key: Key[Array, ""] | None = None,
+) -> dict[str, Fused]:
+    """Fuses the named `pairs` of encoded views; `key` switches dropout on."""
+    same_key, dropped_key = split_key(key, 2)
+    full = views.images["full"]
+    names = [name for name in SAME_SHAPE_PAIRS if name in pairs]
+    image_of = {"language": full, "completion": full, "replaced": views.images.get("replaced")}
+    if "matching" in pairs:
+        if "false" in views.images:
+            image_of["matching"] = jnp.where(masks.is_pair[:, None, None], full, views.images["false"])
+        else:
+            image_of["matching"] = take_partner(full, masks.partner, group_size)
+    text_of = {"matching": "full", "language": "language", "replaced": "full", "completion": "completion"}
+    fused = {}
+    if names:
+        result = model.fuse(
+            interleave([views.texts[text_of[name]] for name in names]),
+            interleave([batch.token_mask] * len(names)),
+            interleave([image_of[name] for name in names]),
+            views.frames,
+            same_key,
+        )
+        texts, images = separate(result.text, len(names)), separate(result.image, len(names))
+        fused = {n: Fused(t, i, views.frames) for n, t, i in zip(names, texts, images, strict=True)}
+    if "dropped" in pairs:
+        fused["dropped"] = model.fuse(
+            views.texts["full"], batch.token_mask, views.images["dropped"], views.frames, dropped_key
+        )
+    return fused

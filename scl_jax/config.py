@@ -50,7 +50,8 @@ def _model() -> ConfigDict:
             },
             "fusion": {"width": 768, "layers": 6, "heads": 12, "mlp_width": 3072},
             "projection_width": 512,  # of the contrastive space
-            "dropout": 0.1,
+            "dropout": 0.1,  # of the text and fusion layers; the vision encoder has none
+            "attention_dropout": 0.1,  # of their attention weights
             "initial_temperature": 0.07,
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full

@@ -1,0 +1,85 @@
+"""Config → model, task and optimizer: the one place where options become plain arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from scl_jax.models.fusion import FusionConfig
+from scl_jax.models.layers import Precision
+from scl_jax.models.parameters import Params
+from scl_jax.models.scl import SCL, SCLConfig
+from scl_jax.models.text import TextConfig
+from scl_jax.models.vision import VisionConfig
+from scl_jax.objectives.views import OBJECTIVES, MaskSpec
+from scl_jax.tasks.pretrain import Pretraining, Ramp
+from scl_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+
+def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
+    """Sizes and types of the network."""
+    m = config.model
+    shared = {"remat": m.remat}
+    rates = {"dropout": m.dropout, "attention_dropout": m.attention_dropout}
+    return SCLConfig(
+        vision=VisionConfig(**m.vision, **shared),
+        text=TextConfig(**m.text, **shared, **rates),
+        fusion=FusionConfig(**m.fusion, **shared, **rates),
+        projection_width=m.projection_width,
+        initial_temperature=m.initial_temperature,
+        precision=Precision(jnp.dtype(m.dtype), param_dtype),
+    )
+
+
+def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:
+    """A function that makes the model from random generators."""
+    sizes = model_config(config)
+    return lambda rngs: SCL(sizes, rngs)
+
+
+def pretraining(config: ConfigDict, mask_id: int) -> Pretraining:
+    """The pre-training task; `mask_id` is the tokenizer's."""
+    o, old = config.objectives, config.reference_behaviour
+    return Pretraining(
+        ramps={name: Ramp(o[name].weight, o[name].start, o[name].ramp) for name in OBJECTIVES},
+        masks=MaskSpec(
+            vocab_size=config.model.text.vocab_size,
+            mask_id=mask_id,
+            drop_ratio=o.global_vision.drop_ratio,
+            replace_ratio=o.local_vision.replace_ratio,
+            language_ratio=o.masked_language.mask_ratio,
+            text_ratio=o.text_mask_ratio,
+            group_size=o.group_size,
+        ),
+        patch_size=config.model.vision.patch_size,
+        global_temperature={name: o[name].temperature for name in ("global_vision", "global_text")},
+        local_temperature={name: o[name].temperature for name in ("local_vision", "local_text")},
+        temperature_range=None
+        if old.unbounded_temperature
+        else (o.contrastive.temperature_min, o.contrastive.temperature_max),
+        norm_over_frames=old.video_completion_norm_over_frames,
+    )
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """Options of the optimizer."""
+    old = config.reference_behaviour
+    return OptimizerConfig(
+        **config.optimizer, decay_like_reference=old.decay_norms_and_temperature, adam_eps_uncorrected=old.adam_eps_uncorrected
+    )
+
+
+def optimizer_maker(config: ConfigDict) -> Callable[[Params], optax.GradientTransformation]:
+    """A function that makes the optimizer for a tree of parameters."""
+    options = optimizer_config(config)
+    return lambda params: make_optimizer(options, config.train.steps, params)
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate by step."""
+    return make_schedule(optimizer_config(config), config.train.steps)

@@ -1,0 +1,203 @@
+"""Image files to pixels, and the random and fixed transforms of pixels.
+
+Everything here ends in raw sRGB bytes, uint8 (size, size, 3); normalisation is done on the device.
+Random transforms are first *drawn* (`draw_augmentation`) and then *applied* (`augment`), because
+- a JPEG larger than its crop needs is decoded at 1/2, 1/4 or 1/8 scale: the crop must be known before the pixels;
+- every frame of a clip gets the same crop, flip and operations.
+
+Axes: H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from scl_jax.data.rand_augment import Operation, draw_operations
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB as RGB; a larger file is taken for a decompression bomb
+# formats that Pillow decodes by itself; EPS is left out because it would start Ghostscript on a stranger's file
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
+_SIDED = re.compile(r"\b(left|right)(-?hand(ed)?|most|wards?)?\b|\b(counter-?|anti-?)?clockwise\b", re.IGNORECASE)
+_CROP_ATTEMPTS = 10
+
+
+def names_side(caption: str) -> bool:
+    """Whether mirroring the picture could make the caption wrong: it says left or right, or a sense of rotation."""
+    return _SIDED.search(caption) is not None
+
+
+# ---- files to pixels ----
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Reads the header of an encoded image; the pixels stay encoded until `load_rgb`.
+
+    Raises:
+        ValueError: no image, an unknown format, or more than MAX_PIXELS pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image has far more than {MAX_PIXELS} pixels (a decompression bomb?)") from error
+    except Image.UnidentifiedImageError as error:
+        reason = "empty file" if not data else f"no image format known here, {len(data)} bytes, first {data[:8]!r}"
+        raise ValueError(f"cannot decode image: {reason}") from error
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise ValueError(f"cannot decode image: broken header ({error})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"image of {image.width}x{image.height} has more than {MAX_PIXELS} pixels")
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened image once its EXIF orientation is applied."""
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def load_rgb(image: Image.Image, at_least: tuple[float, float] | None = None) -> Image.Image:
+    """Decodes an opened image (first frame) to upright RGB.
+
+    `at_least` (width, height of the upright image): a JPEG may be decoded at the smallest of the scales 1, 1/2, 1/4,
+    1/8 that is no smaller than this, which is faster and properly filtered. None: full size.
+    Grey, palette and CMYK become RGB, 16-bit loses its low byte, transparency is laid over white.
+
+    Raises:
+        ValueError: truncated or corrupt data, or pixels of a kind that has no defined brightness (floats).
+    """
+    orientation = _orientation(image)
+    try:
+        if at_least is not None and image.format == "JPEG":
+            width, height = reversed(at_least) if orientation >= 5 else at_least
+            image.draft(image.mode, (math.ceil(width), math.ceil(height)))
+        image.load()
+        image = ImageOps.exif_transpose(image) if orientation != 1 else image
+        return _to_rgb(image)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise ValueError(f"cannot decode {image.format or 'image'}: {error}") from error
+
+
+def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image file (first frame of an animated one) to upright sRGB bytes.
+
+    Raises:
+        ValueError: with the reason when the data is no image, truncated, corrupt or too large.
+    """
+    return np.array(load_rgb(open_image(data)))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block does not make the picture unreadable
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined brightness; store 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- transforms ----
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What was drawn for one example, the same for each of its frames.
+
+    `box` (left, top, right, bottom) is in fractions of width and height, so it holds at any decoding scale.
+    """
+
+    box: tuple[float, float, float, float]
+    flip: bool
+    operations: tuple[Operation, ...]
+    size: int
+
+    def sufficient_size(self) -> tuple[float, float]:
+        """(width, height) of the whole picture at which the crop still has `size` pixels each way."""
+        left, top, right, bottom = self.box
+        return self.size / (right - left), self.size / (bottom - top)
+
+
+def draw_crop(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draws a crop of a share `scale` of the area and of ratio 3/4 to 4/3: torchvision's RandomResizedCrop rule.
+
+    Returns (left, top, right, bottom) in pixels. After ten misses: the centred largest crop of allowed ratio.
+    """
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(rng.integers(width - crop_width + 1))
+            top = int(rng.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width / (3 / 4))))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def draw_augmentation(
+    image_size: tuple[int, int],
+    size: int,
+    crop_scale: tuple[float, float],
+    flip: str,
+    rand_augment: tuple[int, int],
+    caption: str,
+    rng: np.random.Generator,
+) -> Augmentation:
+    """Draws crop, flip and RandAugment operations for an example of `image_size` (width, height) and its caption.
+
+    flip: "never", "always" (half of the time, whatever the caption says) or "unless_sided" (half of the time, but
+    not when the caption names a side). rand_augment: (operations, magnitude 0 to 30), (0, 0) for none.
+    """
+    if flip not in ("never", "unless_sided", "always"):
+        raise ValueError(f"flip is {flip!r}; choose never, unless_sided or always")
+    width, height = image_size
+    left, top, right, bottom = draw_crop(width, height, crop_scale, rng)
+    mirrored = bool(rng.random() < 0.5)  # drawn in every case, so that a policy does not shift the other draws
+    allowed = flip == "always" or (flip == "unless_sided" and not names_side(caption))
+    return Augmentation(
+        box=(left / width, top / height, right / width, bottom / height),
+        flip=mirrored and allowed,
+        operations=draw_operations(*rand_augment, rng),
+        size=size,
+    )
+
+
+def augment(image: Image.Image, drawn: Augmentation) -> UInt8[np.ndarray, "size size 3"]:
+    """Applies a drawn augmentation to an RGB image: crop and bicubic resize (antialiased), flip, operations."""
+    width, height = image.size
+    left, top, right, bottom = drawn.box
+    box = (left * width, top * height, min(right * width, width), min(bottom * height, height))
+    image = image.resize((drawn.size, drawn.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    if drawn.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for operation in drawn.operations:
+        image = operation(image)
+    return np.array(image)
+
+
+def resize_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The evaluation transform: the whole RGB image resized to the square, bicubic and antialiased."""
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,361 @@
+"""Prepared records to batches: the journey of one example.
+
+1. `builders.open_source` opens the shards of each data set; several data sets of a stream are concatenated. A record's
+   index there is its `item_id`.
+2. Grain shuffles the indices (anew each epoch) and repeats for ever. From here on an example has a place in one endless
+   order which depends on the seed alone, and its own random generator, seeded by that place.
+3. One of the record's captions is drawn; crop, flip and RandAugment are drawn; the picture is decoded, as small as the
+   crop allows (a clip: a random frame of each interval); the same transform is applied to every frame; the caption is
+   tokenized.
+4. A process takes its contiguous rows out of every global batch, so the concatenated batches of all processes are the
+   same for any number of processes. Only these rows are decoded, by a pool of threads.
+5. Whole batches of images and of videos are mixed by their shares, by index; the iterator's state is one number, the
+   batches already taken, whatever the number of processes.
+
+Evaluation walks over items, captions or pairs once, in order; the last batch is filled with rows of weight 0.
+
+Axes: B rows of this process's batch, F frames (1 for an image), H W pixels, L text tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol, SupportsIndex, TypeAlias, cast
+
+import grain
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from scl_jax.data import builders, images, video
+
+NumpyBatch: TypeAlias = dict[str, Any]  # the fields of scl_jax.types.Batch as numpy arrays, and more where said
+Config: TypeAlias = Any  # a ConfigDict of scl_jax.config, whose values have no static types
+
+
+class Tokenizer(Protocol):
+    """What the pipeline needs of `scl_jax.data.tokens.Tokenizer`."""
+
+    def encode(self, text: str, length: int) -> dict[str, np.ndarray]:
+        """token_ids int32 (L,), token_mask bool (L,), word_ids int32 (L,)."""
+        ...
+
+
+class RecordError(ValueError):
+    """A record that cannot be used, with its data set, split, index and id."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record and where it came from."""
+
+    media: bytes
+    captions: Sequence[str]
+    item_id: int
+    origin: str  # "toy_world/images, split train, record 17 (id 'scene-17')"
+
+    def caption(self, index: int) -> str:
+        """The caption of this index; RecordError when it is empty."""
+        if not self.captions or not self.captions[index].strip():
+            raise self.error(f"caption {index} is empty", "give it a caption or leave it out, then prepare again")
+        return self.captions[index]
+
+    def error(self, problem: str, remedy: str) -> RecordError:
+        """A RecordError that names this record."""
+        return RecordError(f"{self.origin}: {problem}; {remedy}")
+
+
+class Records:
+    """Random access to the concatenated records of several data sets, for Grain.
+
+    Raises:
+        ValueError: no data set is named, or they hold no record.
+    """
+
+    def __init__(self, names: Sequence[str], split: str, data_dir: str):
+        self._names = [name for name in names if name]
+        if not self._names:
+            raise ValueError("no data set is named; set `datasets` of a data stream, e.g. ('toy_world/images',)")
+        self._split = split
+        self._sources = [builders.open_source(name, split, data_dir) for name in self._names]
+        self._starts = [0, *accumulate(len(source) for source in self._sources)]
+        if len(self) == 0:
+            raise ValueError(f"split {split} of {', '.join(self._names)} holds no record; prepare it again")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        item_id = index.__index__()
+        which = bisect_right(self._starts, item_id) - 1
+        local = item_id - self._starts[which]
+        raw = self._sources[which][local]
+        origin = f"{self._names[which]}, split {self._split}, record {local} (id {raw['id']!r})"
+        return Record(raw["media"], raw["captions"], item_id, origin)
+
+
+# ---- training ----
+
+
+def train_dataset(
+    data: Config, *, seed: int, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset[NumpyBatch]:
+    """The endless training batches of this process (`data` is `config.data`).
+
+    Yields the fields of `scl_jax.types.Batch` as numpy arrays with B = batch_size / process_count rows, and "stream"
+    ("images" or "videos"). Rows p·B to (p+1)·B of each global batch go to process p. A stream with no data set or of
+    share 0 is off. The iterator's state is {"next_index": batches taken}: the same for every process and any number
+    of processes. `data.threads` threads decode rows, `data.prefetch` batches are kept ready.
+
+    Raises:
+        ValueError: no stream is on, or a batch size does not divide by the number of processes.
+    """
+    batches, shares = [], []
+    for name, stream in (("images", data.images), ("videos", data.videos)):
+        if not any(stream.datasets) or stream.share == 0:
+            continue
+        if stream.batch_size % process_count:
+            raise ValueError(f"data.{name}.batch_size {stream.batch_size} does not divide by {process_count} processes")
+        local_size = stream.batch_size // process_count
+        rows = range(process_index * local_size, (process_index + 1) * local_size)
+        examples = _endless_examples(name, stream, data, seed, tokenizer)
+        batches.append(_ProcessBatches(examples, stream.batch_size, rows, data.threads, name))
+        shares.append(stream.share)
+    if not batches:
+        raise ValueError("no training data: name data sets in data.images.datasets or data.videos.datasets (share > 0)")
+    # two batches are in the making at once, so that the pool stays busy while the last rows of one are finished
+    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, data.prefetch))
+    return grain.MapDataset.mix(batches, weights=shares).to_iter_dataset(read_options)
+
+
+def _endless_examples(
+    name: str, stream: Config, data: Config, seed: int, tokenizer: Tokenizer
+) -> grain.MapDataset[NumpyBatch]:
+    """Steps 1 to 3 of the journey: the endless order of the examples of one stream, each made when asked for."""
+    order_seed, example_seed = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)
+    records = grain.MapDataset.source(Records(stream.datasets, "train", data.dir))
+    make_example = _TrainExample(stream, data.text_length, tokenizer)
+    return records.shuffle(seed=int(order_seed)).repeat().random_map(make_example, seed=int(example_seed))
+
+
+class _TrainExample:
+    """Record and random generator → one training example (step 3 of the journey)."""
+
+    def __init__(self, stream: Config, text_length: int, tokenizer: Tokenizer):
+        self._size, self._frames = stream.image_size, stream.frames
+        self._crop_scale, self._flip = tuple(stream.crop_scale), stream.flip
+        self._rand_augment = tuple(stream.rand_augment)
+        self._text_length, self._tokenizer = text_length, tokenizer
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> NumpyBatch:
+        caption = record.caption(int(rng.integers(max(1, len(record.captions)))))
+        pixels = _decoding(record, lambda: self._pixels(record.media, caption, rng))
+        tokens = self._tokenizer.encode(caption, self._text_length)
+        return {"pixels": pixels, **tokens, "weight": np.float32(1), "item_id": np.int32(record.item_id)}
+
+    def _pixels(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
+        if self._frames > 1 or video.is_video(media):
+            frames = [Image.fromarray(frame) for frame in video.decode_frames(media, self._frames, rng=rng)]
+            drawn = self._draw(frames[0].size, caption, rng)
+        else:
+            opened = images.open_image(media)
+            drawn = self._draw(images.upright_size(opened), caption, rng)
+            frames = [images.load_rgb(opened, drawn.sufficient_size())]
+        return np.stack([images.augment(frame, drawn) for frame in frames])
+
+    def _draw(self, image_size: tuple[int, int], caption: str, rng: np.random.Generator) -> images.Augmentation:
+        return images.draw_augmentation(
+            image_size, self._size, self._crop_scale, self._flip, self._rand_augment, caption, rng
+        )
+
+
+class _ProcessBatches(grain.MapDataset):
+    """Batch k of one process: its rows of examples k·batch_size to (k+1)·batch_size, made by a pool of threads."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: range, threads: int, stream: str):
+        super().__init__(examples)
+        self._batch_size, self._rows, self._stream = batch_size, rows, stream
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="scl-data")
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        first = index * self._batch_size
+        examples = self._pool.map(lambda row: cast(NumpyBatch, self._parent[first + row]), self._rows)
+        return {**_stack(list(examples)), "stream": self._stream}
+
+
+# ---- evaluation ----
+
+
+def evaluation_set(
+    stream_config: Config,
+    dataset_names: Sequence[str],
+    split: str,
+    *,
+    data_dir: str,
+    text_length: int,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_items: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 8,
+) -> EvaluationSet:
+    """Opens a split for evaluation at the frames and image size of `stream_config` (`config.data.images` or `.videos`).
+
+    batch_size: of one batch over all processes; this process gets its contiguous rows. max_items: a gallery of that
+    many items, evenly spaced over the split; 0 for all. Reads every record once, for the captions.
+
+    Raises:
+        ValueError: no data set is named, a caption is empty, or the batch size does not divide by the processes.
+    """
+    if batch_size % process_count:
+        raise ValueError(f"evaluate.batch_size {batch_size} does not divide by {process_count} processes")
+    local_size = batch_size // process_count
+    rows = _EvaluationRows(batch_size, process_index * local_size, local_size, threads)
+    records = Records(dataset_names, split, data_dir)
+    encode = _EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
+    return EvaluationSet(records, max_items, encode, rows)
+
+
+@dataclass(frozen=True)
+class _EvaluationEncoder:
+    """Pixels and tokens of one record without anything random."""
+
+    image_size: int
+    frames: int
+    text_length: int
+    tokenizer: Tokenizer
+
+    def pixels(self, record: Record) -> UInt8[np.ndarray, "F H W 3"]:
+        frames = _decoding(record, lambda: _evenly_spaced(record.media, self.frames))
+        return np.stack([images.resize_square(frame, self.image_size) for frame in frames])
+
+    def tokens(self, caption: str) -> dict[str, np.ndarray]:
+        return self.tokenizer.encode(caption, self.text_length)
+
+
+@dataclass(frozen=True)
+class _EvaluationRows:
+    """Which rows this process makes, and their making: threads, padding, one batch ahead."""
+
+    batch_size: int
+    first: int
+    local_size: int
+    threads: int
+
+    def batches(self, count: int, make: Callable[[int], NumpyBatch]) -> Iterator[NumpyBatch]:
+        """Batches over `make(0)` … `make(count - 1)`; rows after these repeat the last with weight 0 and ids -1."""
+        with ThreadPoolExecutor(max(1, self.threads), thread_name_prefix="scl-evaluation") as pool:
+
+            def submit(start: int) -> tuple[np.ndarray, list[Future[NumpyBatch]]]:
+                rows = start + self.first + np.arange(self.local_size)
+                clipped = np.minimum(rows, count - 1).tolist()
+                futures = {row: pool.submit(make, row) for row in dict.fromkeys(clipped)}
+                return rows < count, [futures[row] for row in clipped]
+
+            starts = range(0, count, self.batch_size)
+            ahead = submit(0)
+            for start in starts:
+                real, futures = ahead
+                if start != starts[-1]:
+                    ahead = submit(start + self.batch_size)
+                batch = _stack([future.result() for future in futures])
+                for name in batch.keys() & {"item_id", "caption_id"}:
+                    batch[name] = np.where(real, batch[name], -1).astype(np.int32)
+                yield {**batch, "weight": real.astype(np.float32)}
+
+
+class EvaluationSet:
+    """A split for evaluation: its items (images or clips) and captions, each exactly once and in order.
+
+    Items count from 0 to num_items - 1 within this set, captions from 0 to num_captions - 1; `item_id` and
+    `caption_id` are these numbers. All batches have the same shape; padding rows have weight 0 and ids -1.
+    """
+
+    captions: list[str]
+    caption_item: Int[np.ndarray, " captions"]  # the item that each caption describes
+
+    def __init__(self, records: Records, max_items: int, encode: _EvaluationEncoder, rows: _EvaluationRows):
+        self._records, self._encode, self._rows = records, encode, rows
+        self.num_items = min(max_items, len(records)) if max_items else len(records)
+        self.captions = []
+        owners: list[int] = []
+        with ThreadPoolExecutor(max(1, rows.threads)) as pool:
+            for item, captions in enumerate(pool.map(self._captions, range(self.num_items))):
+                self.captions.extend(captions)
+                owners.extend([item] * len(captions))
+        self.caption_item = np.asarray(owners, np.int32)
+        self._first_caption = np.searchsorted(self.caption_item, np.arange(self.num_items))
+
+    @property
+    def num_captions(self) -> int:
+        """Captions of all items."""
+        return len(self.captions)
+
+    def items(self) -> Iterator[NumpyBatch]:
+        """Batches of pixels (B, F, H, W, 3), weight, item_id: every item once."""
+        return self._rows.batches(self.num_items, self._item)
+
+    def texts(self) -> Iterator[NumpyBatch]:
+        """Batches of token_ids, token_mask, word_ids (B, L), weight, caption_id and item_id: every caption once."""
+        return self._rows.batches(self.num_captions, self._text)
+
+    def pairs(self) -> Iterator[NumpyBatch]:
+        """Batches with all fields of `scl_jax.types.Batch`: every item once, with its first caption."""
+        return self._rows.batches(self.num_items, self._pair)
+
+    def thumbnail(self, item: int, size: int = 256) -> UInt8[np.ndarray, "H W 3"]:
+        """The picture of an item (of a clip its middle frame), at most `size` pixels each way, for retrieval sheets."""
+        record = self._record(item)
+        frames = _decoding(record, lambda: _evenly_spaced(record.media, 3 if self._encode.frames > 1 else 1))
+        picture = frames[len(frames) // 2]
+        picture.thumbnail((size, size), Image.Resampling.BICUBIC)
+        return np.array(picture)
+
+    def _record(self, item: int) -> Record:
+        return self._records[item * len(self._records) // self.num_items]
+
+    def _captions(self, item: int) -> list[str]:
+        record = self._record(item)
+        return [record.caption(index) for index in range(max(1, len(record.captions)))]
+
+    def _item(self, item: int) -> NumpyBatch:
+        return {"pixels": self._encode.pixels(self._record(item)), "item_id": np.int32(item)}
+
+    def _text(self, caption: int) -> NumpyBatch:
+        tokens = self._encode.tokens(self.captions[caption])
+        return {**tokens, "item_id": self.caption_item[caption], "caption_id": np.int32(caption)}
+
+    def _pair(self, item: int) -> NumpyBatch:
+        return {**self._item(item), **self._encode.tokens(self.captions[self._first_caption[item]])}
+
+
+# ---- both ----
+
+
+def _evenly_spaced(media: bytes, frames: int) -> list[Image.Image]:
+    if frames > 1 or video.is_video(media):
+        return [Image.fromarray(frame) for frame in video.decode_frames(media, frames)]
+    return [images.load_rgb(images.open_image(media))]
+
+
+def _decoding(record: Record, decode: Callable[[], Any]) -> Any:
+    """Runs `decode` and gives its ValueError the origin of the record."""
+    try:
+        return decode()
+    except ValueError as error:
+        raise record.error(str(error), "repair or leave out this file and prepare the data set again") from error
+
+
+def _stack(examples: list[NumpyBatch]) -> NumpyBatch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}

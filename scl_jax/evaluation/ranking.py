@@ -1,0 +1,215 @@
+"""Retrieval in two stages: contrastive similarity over everything, then the matching head over the best candidates.
+
+Scoring every pair with the fusion encoder costs queries × items passes. Here each text and each item (image or clip)
+is encoded once, the cosine of their contrastive features picks the `rerank` best candidates of each query, and only
+those pairs go through `score_pairs`. A text belongs to one item; an item may have several texts.
+
+Axes: T texts, I items, D width of the contrastive space, K candidates a query, N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scl_jax.evaluation.metrics import places
+
+KS = (1, 5, 10)
+NORM_EPSILON = 1e-8
+
+PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
+"""(text ids, item ids) → the matching head's log-odds that they are a pair: logit "pair" minus logit "no pair"."""
+
+
+class Top(NamedTuple):
+    """The best answers of every query (Q queries, best first): their ids and scores."""
+
+    ids: Int[np.ndarray, "Q K"]
+    scores: Float[np.ndarray, "Q K"]
+
+
+class Ranking(NamedTuple):
+    """What `rank` returns: flat metrics, and the ten best answers of every query both ways."""
+
+    metrics: dict[str, float]
+    text_to_item: Top
+    item_to_text: Top
+
+
+def rank(
+    text_features: Float[Array | np.ndarray, "T D"],
+    item_features: Float[Array | np.ndarray, "I D"],
+    text_items: Int[np.ndarray, " T"],
+    *,
+    score_pairs: PairScorer | None = None,
+    rerank: int = 128,
+    temperature: float = 0.07,
+    combine: Literal["sum", "matching"] = "sum",
+    batch_size: int = 256,
+    item: Literal["image", "video"] = "image",
+) -> Ranking:
+    """Text → item and item → text retrieval over one gallery.
+
+    Args:
+        text_features, item_features: contrastive features, normalised here.
+        text_items: the item that each text describes; every item needs a text.
+        score_pairs: the matching head, see `PairScorer`; called with exactly `batch_size` ids each time.
+        rerank: candidates of a query that it re-scores; 0: contrastive similarity alone decides.
+        temperature: of the contrastive softmax.
+        combine: candidates are ordered by log P(pair) + similarity / temperature ("sum") or log P(pair) ("matching").
+        batch_size: pairs a call of `score_pairs`; the last batch is padded.
+        item: names the metrics; those of videos go under `retrieval/video/`.
+
+    Returns:
+        Metrics such as `retrieval/text_to_image/recall@1`, `retrieval/mean_recall`, their contrastive-only
+        counterparts under `retrieval/contrastive/`, and the number of pairs scored.
+
+    Raises:
+        ValueError: an item without a text, a text of an unknown item, or a score that is not a number.
+    """
+    text_items = np.asarray(text_items, int)
+    item_texts = _texts_of_items(text_items, len(item_features))
+    similarity = contrastive_scores(text_features, item_features)  # (T, I)
+    candidates = (top_candidates(similarity, rerank), top_candidates(similarity.T, rerank))  # (T, K), (I, K)
+    odds, pairs_scored = (None, None), 0
+    if score_pairs is not None and rerank > 0:
+        odds, pairs_scored = _score_candidates(*candidates, score_pairs, batch_size)
+
+    prefix = "retrieval/" if item == "image" else "retrieval/video/"
+    contrastive_prefix = prefix.replace("retrieval/", "retrieval/contrastive/")
+    metrics: dict[str, float] = {}
+    tops = []
+    directions = (
+        (f"text_to_{item}", similarity, text_items, candidates[0], odds[0]),
+        (f"{item}_to_text", similarity.T, item_texts, candidates[1], odds[1]),
+    )
+    for direction, scores, targets, chosen, chosen_odds in directions:
+        final = partial(_final_rows, scores, chosen, chosen_odds, temperature, combine)
+        metrics |= _direction_metrics(f"{contrastive_prefix}{direction}", scores, targets)
+        metrics |= _direction_metrics(f"{prefix}{direction}", final(), targets)
+        tops.append(_top_of_rows(final(), max(KS)))
+    for where in (contrastive_prefix, prefix):
+        recalls = [metrics[f"{where}{direction[0]}/recall@{k}"] for direction in directions for k in KS]
+        metrics[f"{where}mean_recall"] = float(np.mean(recalls))
+    metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
+    metrics |= {f"{prefix}items": len(item_texts)}
+    return Ranking(metrics, *tops)
+
+
+def contrastive_scores(
+    text_features: Float[Array | np.ndarray, "T D"],
+    item_features: Float[Array | np.ndarray, "I D"],
+    chunk: int = 4096,
+) -> Float[np.ndarray, "T I"]:
+    """Cosines of all texts and items, computed on the device `chunk` texts at a time and kept on the host."""
+    items = _normalise(jnp.asarray(item_features, jnp.float32))
+    similarity = np.empty((len(text_features), len(item_features)), np.float32)
+    for start in range(0, len(text_features), chunk):
+        texts = jnp.asarray(text_features[start : start + chunk], jnp.float32)
+        similarity[start : start + chunk] = _cosines(texts, items)
+    return similarity
+
+
+def top_candidates(scores: Float[np.ndarray, "Q I"], k: int, chunk: int = 4096) -> Int[np.ndarray, "Q K"]:
+    """The k items (all, where there are fewer) of highest score of every query, best first; lower ids first in ties."""
+    k = min(k, scores.shape[1])
+    chosen = np.empty((len(scores), k), int)
+    for start in range(0, len(scores), chunk):
+        chosen[start : start + chunk] = _top_k(jnp.asarray(scores[start : start + chunk]), k)
+    return chosen
+
+
+def score_in_batches(
+    text_ids: Int[np.ndarray, " N"], item_ids: Int[np.ndarray, " N"], score_pairs: PairScorer, batch_size: int
+) -> Float[np.ndarray, " N"]:
+    """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0)."""
+    scores = np.empty(len(text_ids))
+    for start in range(0, len(text_ids), batch_size):
+        stop = min(start + batch_size, len(text_ids))
+        padding = (0, batch_size - (stop - start))
+        batch = score_pairs(np.pad(text_ids[start:stop], padding), np.pad(item_ids[start:stop], padding))
+        scores[start:stop] = np.asarray(batch)[: stop - start]
+    return scores
+
+
+def _texts_of_items(text_items: Int[np.ndarray, " T"], items: int) -> list[Int[np.ndarray, " R"]]:
+    if text_items.size and not 0 <= text_items.min() <= text_items.max() < items:
+        raise ValueError(
+            f"text_items names items {text_items.min()} … {text_items.max()} but the gallery holds {items}"
+        )
+    order = np.argsort(text_items, kind="stable")
+    texts = np.split(order, np.searchsorted(text_items[order], np.arange(1, items)))
+    silent = [index for index, own in enumerate(texts) if own.size == 0]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} items have no text, the first is item {silent[0]}: leave them out of the gallery"
+        )
+    return texts
+
+
+def _score_candidates(
+    text_candidates: Int[np.ndarray, "T K"],
+    item_candidates: Int[np.ndarray, "I M"],
+    score_pairs: PairScorer,
+    batch_size: int,
+) -> tuple[tuple[Float[np.ndarray, "T K"], Float[np.ndarray, "I M"]], int]:
+    """Log-odds of the candidates both ways, and how many pairs were scored: a pair wanted both ways counts once."""
+    items = len(item_candidates)
+    forward = (
+        np.arange(len(text_candidates))[:, None] * items + text_candidates
+    )  # text · items + item: one pair's number
+    backward = item_candidates * items + np.arange(items)[:, None]
+    pairs = np.unique(np.concatenate([forward.ravel(), backward.ravel()]))
+    odds = score_in_batches(pairs // items, pairs % items, score_pairs, batch_size)
+    return (odds[np.searchsorted(pairs, forward)], odds[np.searchsorted(pairs, backward)]), len(pairs)
+
+
+def _final_rows(
+    similarity: Float[np.ndarray, "Q I"],
+    candidates: Int[np.ndarray, "Q K"],
+    odds: Float[np.ndarray, "Q K"] | None,
+    temperature: float,
+    combine: str,
+) -> Iterator[Float[np.ndarray, " I"]]:
+    """Yields each query's final scores: the candidates re-scored, all others below them in contrastive order."""
+    for query, cosines in enumerate(similarity):
+        scores = cosines.astype(np.float64) / temperature
+        if odds is not None:
+            chosen = candidates[query]
+            final = -np.logaddexp(0.0, -odds[query])  # log P(pair) = log sigmoid(odds)
+            if combine == "sum":
+                final = final + scores[chosen]
+            scores += final.min() - scores.max() - 1.0  # the rest: same order, all below the candidates
+            scores[chosen] = final
+        yield scores
+
+
+def _direction_metrics(prefix: str, scores, targets) -> dict[str, float]:
+    found = places(scores, targets)
+    metrics = {f"{prefix}/recall@{k}": float(np.mean([where.hit_probability(k) for where in found])) for k in KS}
+    return metrics | {f"{prefix}/median_rank": float(np.median([where.expected_rank() for where in found]))}
+
+
+def _top_of_rows(rows: Iterator[Float[np.ndarray, " I"]], k: int) -> Top:
+    tops = [(order := np.argsort(-row, kind="stable")[:k], row[order]) for row in rows]
+    return Top(np.stack([ids for ids, _ in tops]), np.stack([scores for _, scores in tops]))
+
+
+def _normalise(features: Float[Array, "Q D"]) -> Float[Array, "Q D"]:
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), NORM_EPSILON)
+
+
+@jax.jit
+def _cosines(texts: Float[Array, "T D"], items: Float[Array, "I D"]) -> Float[Array, "T I"]:
+    return jnp.matmul(_normalise(texts), items.T, precision="highest")  # TF32 or bf16 would reorder near ties
+
+
+@partial(jax.jit, static_argnums=1)
+def _top_k(scores: Float[Array, "Q I"], k: int) -> Int[Array, "Q K"]:
+    return jax.lax.top_k(scores, k)[1]

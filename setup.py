@@ -1,0 +1,64 @@
+"""Install scl_jax: ranges here, the exact tested versions in requirements.txt.
+
+Python 3.11 resolves to jax 0.10 and Python 3.12 to jax 0.11; both are supported.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "absl-py>=2.1,<3",
+    "array_record>=0.8.6,<0.9",
+    "av>=18.1,<20",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "huggingface_hub>=1,<3",
+    "importlib_resources>=6",  # builders inside a package crash without it; tensorflow-datasets does not declare it
+    "jax>=0.10.2,<0.12",
+    "jaxtyping>=0.3.11,<0.4",
+    "matplotlib>=3.10,<4",
+    "ml_collections>=1.1,<2",
+    "numpy>=2.1,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=12,<14",
+    "pyarrow>=18",  # own_data reads ViLT's arrow files; tensorflow-datasets brings it along
+    "rich>=14,<16",
+    "safetensors>=0.6,<1",
+    "tensorboardX>=2.6.5,<3",  # event files without TensorFlow and without the viewer's web server
+    "tensorflow-datasets>=4.9.10,<4.10",  # the shard format only: TensorFlow itself is never imported
+    "tokenizers>=0.22,<0.24",
+    "transformers>=5,<6",
+]
+
+EXTRAS = {
+    "gpu": ["jax[cuda12]"],  # any NVIDIA driver from 525 on
+    "gpu_cuda13": ["jax[cuda13]"],  # NVIDIA drivers from 580 on
+    "tpu": ["jax[tpu]"],
+    "torch": ["torch>=2.6"],  # reading and writing PyTorch checkpoints
+    "wandb": ["wandb>=0.19"],
+    "dev": [
+        "beartype>=0.20",
+        "hypothesis>=6",
+        "pre-commit>=4",
+        "pyright[nodejs]>=1.1.400",
+        "pytest>=9,<10",
+        "pytest-cov>=7",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17,<0.18",
+    ],
+}
+
+setup(
+    name="scl_jax",
+    version="0.1.0",
+    description="Vision-language pre-training with semantic completion learning (SCL, GLSCL) in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["scl_jax", "scl_jax.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+)

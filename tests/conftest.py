@@ -1,0 +1,54 @@
+"""Every test runs on the CPU with 8 virtual devices, and checks the shapes in the signatures of models and objectives.
+
+`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU on one.
+
+A test that takes `tag` runs once for every recording of the reference in `golden_dir` (SCL_GOLDEN_DIR, default
+tests/golden) and fails where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for parsed flags
+jaxtyping.install_import_hook(["scl_jax.models", "scl_jax.objectives"], "beartype.beartype")
+
+GOLDEN_DIR = Path(os.environ.get("SCL_GOLDEN_DIR", Path(__file__).with_name("golden")))
+
+
+def golden_tags() -> list[str]:
+    """The recordings in the golden folder: every `<tag>.npz` with `<tag>.safetensors` and `<tag>.json` beside it."""
+    return sorted(
+        arrays.stem
+        for arrays in GOLDEN_DIR.glob("*.npz")
+        if arrays.with_suffix(".safetensors").exists() and arrays.with_suffix(".json").exists()
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "tag" in metafunc.fixturenames:
+        tags = golden_tags()
+        metafunc.parametrize("tag", tags or [None], ids=tags or ["missing"], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of the recorded tensors; missing data fails, it does not skip."""
+    if not golden_tags():
+        pytest.fail(f"no recording <tag>.npz + .safetensors + .json in {GOLDEN_DIR}: restore it or set SCL_GOLDEN_DIR")
+    return GOLDEN_DIR
+
+
+@pytest.fixture(scope="session")
+def tag(request: pytest.FixtureRequest, golden_dir: Path) -> str:
+    """The name of one recording, such as `tiny_image`; `golden_dir` fails first when there is none."""
+    return request.param

@@ -1,0 +1,238 @@
+"""Facts about image decoding and the transforms."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scl_jax.data import images
+from scl_jax.data.rand_augment import MAX_MAGNITUDE, OPERATIONS, Operation, draw_operations
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 40, height: int = 30) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "GIF"])
+def test_lossless_formats_give_back_the_pixels(form):
+    image = Image.new("RGB", (7, 5), (200, 100, 50))
+    np.testing.assert_array_equal(images.decode_image(encode(image, form)), np.asarray(image))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_lossy_formats_come_close(form):
+    decoded = images.decode_image(encode(gradient(), form, quality=95))
+    assert decoded.shape == (30, 40, 3) and decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - np.asarray(gradient())).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = gradient()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(stored, "JPEG", quality=95, exif=exif)
+    decoded = images.decode_image(data)
+    assert decoded.shape == (30, 40, 3)
+    assert np.abs(decoded.astype(int) - np.asarray(upright)).mean() < 4
+    assert images.upright_size(images.open_image(data)) == (40, 30)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_exif_block_does_not_lose_the_picture():
+    data = encode(gradient(), "JPEG", exif=b"Exif\x00\x00II*\x00garbage")
+    assert images.decode_image(data).shape == (30, 40, 3)
+
+
+def test_grey_and_black_and_white_become_rgb():
+    assert (images.decode_image(encode(Image.new("L", (4, 4), 77))) == 77).all()
+    assert (images.decode_image(encode(Image.new("1", (4, 4), 1))) == 255).all()
+
+
+def test_cmyk_becomes_rgb():
+    data = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    red, green, blue = images.decode_image(data)[4, 4].tolist()
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    data = encode(Image.fromarray(np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)))
+    assert images.decode_image(data)[0, :, 0].tolist() == [0, 0x12, 0xFF]
+
+
+def test_transparency_is_laid_over_white():
+    assert (images.decode_image(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))) == 255).all()
+    assert images.decode_image(encode(Image.new("LA", (4, 4), (0, 128))))[0, 0].tolist() == [127] * 3
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert images.decode_image(encode(palette))[0, 0].tolist() == [10, 20, 30]
+    assert (images.decode_image(encode(palette, transparency=1)) == 255).all()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(form):
+    first, second = Image.new("RGB", (8, 8), (250, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 250))
+    data = encode(first, form, save_all=True, append_images=[second])
+    red, _, blue = images.decode_image(data)[4, 4].tolist()
+    assert red > 200 and blue < 50
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_file_is_an_error(form):
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)), form)
+    with pytest.raises(ValueError, match="cannot decode"):
+        images.decode_image(data[: len(data) // 2])
+
+
+def test_no_image_at_all_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="empty file"):
+        images.decode_image(b"")
+    with pytest.raises(ValueError, match="no image format known"):
+        images.decode_image(b"<html>not found</html>")
+
+
+def test_postscript_is_never_interpreted():
+    with pytest.raises(ValueError, match="no image format known"):
+        images.decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_600, 60_000])
+def test_a_decompression_bomb_is_refused_by_its_header(side):
+    data = encode(Image.new("RGB", (8, 8)))
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + data[24:29]
+    with pytest.raises(ValueError, match="pixels"):
+        images.decode_image(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
+
+
+def test_reduced_decoding_is_no_smaller_than_asked_for():
+    data = encode(gradient(640, 480), "JPEG")
+    for wanted, expected in [((320, 240), (320, 240)), ((321, 240), (640, 480)), ((50, 50), (80, 60))]:
+        assert images.load_rgb(images.open_image(data), wanted).size == expected
+    assert images.load_rgb(images.open_image(data)).size == (640, 480)
+
+
+def test_reduced_decoding_changes_the_crop_only_slightly():
+    data = encode(gradient(800, 600), "JPEG", quality=95)
+    drawn = images.Augmentation(box=(0.1, 0.2, 0.8, 0.9), flip=False, operations=(), size=64)
+    small = images.load_rgb(images.open_image(data), drawn.sufficient_size())
+    assert small.size == (100, 75) or small.size == (200, 150)
+    full = images.load_rgb(images.open_image(data))
+    difference = images.augment(small, drawn).astype(int) - images.augment(full, drawn)
+    assert np.abs(difference).mean() < 2
+
+
+def test_crops_keep_to_area_ratio_and_picture():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, right, bottom = images.draw_crop(200, 150, (0.5, 0.8), rng)
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 150
+        width, height = right - left, bottom - top
+        assert 0.49 < width * height / (200 * 150) < 0.81
+        assert 0.74 < width / height < 1.35
+
+
+def test_a_picture_too_narrow_for_the_ratio_gets_the_largest_centred_crop():
+    rng = np.random.default_rng(0)
+    assert images.draw_crop(1000, 30, (0.8, 1.0), rng) == (480, 0, 520, 30)
+    assert images.draw_crop(30, 1000, (0.8, 1.0), rng) == (0, 480, 30, 520)
+    assert images.draw_crop(1, 1, (0.8, 1.0), rng) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("caption", "sided"),
+    [
+        ("a dog on the LEFT of a cat", True),
+        ("the right-hand lane", True),
+        ("the leftmost star", True),
+        ("it moves leftwards", True),
+        ("the wheel turns clockwise", True),
+        ("a bright leftover pizza", False),
+        ("the copyright of a wright", False),
+    ],
+)
+def test_captions_that_name_a_side(caption, sided):
+    assert images.names_side(caption) is sided
+
+
+def draw(flip="always", caption="a cat", rand_augment=(0, 0), seed=0):
+    rng = np.random.default_rng(seed)
+    return images.draw_augmentation((40, 30), 16, (0.8, 1.0), flip, rand_augment, caption, rng)
+
+
+def test_flip_policies():
+    flips = {
+        (flip, caption): np.mean([draw(flip, caption, seed=seed).flip for seed in range(200)])
+        for flip in ("never", "unless_sided", "always")
+        for caption in ("a cat", "a cat on the left")
+    }
+    half = pytest.approx(0.5, abs=0.12)
+    assert flips["never", "a cat"] == 0 and flips["unless_sided", "a cat on the left"] == 0
+    assert flips["unless_sided", "a cat"] == half and flips["always", "a cat on the left"] == half
+    with pytest.raises(ValueError, match="choose never, unless_sided or always"):
+        draw("sometimes")
+
+
+def test_the_flip_policy_does_not_shift_other_draws():
+    assert draw("never").box == draw("always").box
+    assert draw("never", rand_augment=(2, 9)).operations == draw("always", rand_augment=(2, 9)).operations
+
+
+def test_augmentation_is_a_pure_function_of_the_generator():
+    for seed in range(20):
+        first, again = (images.augment(gradient(), draw(rand_augment=(2, 9), seed=seed)) for _ in range(2))
+        assert first.shape == (16, 16, 3) and first.dtype == np.uint8
+        np.testing.assert_array_equal(first, again)
+
+
+def test_a_flip_mirrors_the_crop():
+    drawn = images.Augmentation((0, 0, 1, 1), False, (), 16)
+    mirrored = images.Augmentation((0, 0, 1, 1), True, (), 16)
+    np.testing.assert_array_equal(images.augment(gradient(), drawn), images.augment(gradient(), mirrored)[:, ::-1])
+
+
+def test_evaluation_resizes_the_whole_picture():
+    square = images.resize_square(gradient(), 20)
+    assert square.shape == (20, 20, 3)
+    assert square[:, 0, 0].max() < 12 and square[:, -1, 0].min() > 243
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_grows_with_its_severity(name):
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    image = Image.blend(gradient(128, 128), Image.fromarray(noise), 0.1)
+    changes = []
+    for severity in (0.0, 0.3, 1.0):
+        changed = Operation(name, severity)(image)
+        assert changed.size == image.size and changed.mode == "RGB"
+        changes.append(np.abs(np.asarray(changed).astype(int) - np.asarray(image)).mean())
+    if name not in ("auto_contrast", "equalize"):  # these have no severity
+        assert changes[0] < 0.5 and changes[1] <= changes[2] and changes[2] > 0
+
+
+def test_operations_are_drawn_with_both_signs_from_the_whole_list():
+    drawn = draw_operations(2000, 9, np.random.default_rng(0))
+    assert {operation.name for operation in drawn} == set(OPERATIONS)
+    assert {operation.severity for operation in drawn} == {0.3, -0.3}
+    assert draw_operations(0, 0, np.random.default_rng(0)) == ()
+    with pytest.raises(ValueError, match="magnitude 0 to 30"):
+        draw_operations(2, MAX_MAGNITUDE + 1, np.random.default_rng(0))

@@ -12,7 +12,7 @@ WORKDIR=${WORKDIR:-runs/quickstart}
 ensure_environment requirements.txt
 source .venv/bin/activate
 
-python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA"
+python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA" --train_tokenizer="$DATA/tokenizer"
 python -m scl_jax.main --config=configs/quickstart.py --config.data.dir="$DATA" --workdir="$WORKDIR" "$@"
 
 cat <<END

@@ -7,7 +7,12 @@ everything that cannot work, all at once, before anything is compiled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from ml_collections import ConfigDict
+
+STREAMS = ("images", "videos")
 
 
 def default_config() -> ConfigDict:
@@ -45,7 +50,7 @@ def _model() -> ConfigDict:
                 "layers": 12,
                 "heads": 12,
                 "mlp_width": 3072,
-                "vocab_size": 50265,
+                "vocab_size": 50265,  # 0: the tokenizer's
                 "max_positions": 514,
             },
             "fusion": {"width": 768, "layers": 6, "heads": 12, "mlp_width": 3072},
@@ -112,7 +117,7 @@ def _data() -> ConfigDict:
     return ConfigDict(
         {
             "dir": "data",  # where prepared shards lie: <dir>/<dataset>/<config>/<version>/
-            "tokenizer": "roberta-base",  # a folder or a hub name
+            "tokenizer": "roberta-base",  # a folder or a hub name; empty: <dir>/tokenizer
             "text_length": 50,  # tokens, <s> and </s> included
             "images": _stream(),
             "videos": _stream(batch_size=1024, frames=4, image_size=224, share=0.0),
@@ -146,10 +151,10 @@ def _train() -> ConfigDict:
         {
             "steps": 100_000,
             "accumulate": 1,  # micro-batches per optimizer step
-            "checkpoint_every": 1000,
+            "checkpoint_every": 1000,  # a multiple of log.every, as evaluate.every
             "keep_latest": 2,
             "keep_best": 1,
-            "best_metric": "retrieval/mean_recall",
+            "best_metric": "retrieval/mean_recall_of_streams",
             "profile_steps": (0, 0),  # (first, last): a jax.profiler trace of these steps; (0, 0): none
         }
     )
@@ -158,10 +163,10 @@ def _train() -> ConfigDict:
 def _evaluate() -> ConfigDict:
     return ConfigDict(
         {
-            "every": 5000,
+            "every": 5000,  # 0: only at the end
             "batch_size": 256,
-            "split": "validation",
-            "final_split": "test",
+            "split": "validation",  # while training
+            "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
             "rerank": 128,  # candidates of a query re-scored with the matching head; 0: contrastive only
         }
@@ -170,3 +175,190 @@ def _evaluate() -> ConfigDict:
 
 def _log() -> ConfigDict:
     return ConfigDict({"every": 50, "tensorboard": True, "wandb_project": "", "console": True})
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message lists every problem."""
+
+
+def active_streams(config: ConfigDict) -> list[str]:
+    """The streams with data sets and a share of the steps."""
+    return [name for name in STREAMS if any(config.data[name].datasets) and config.data[name].share > 0]
+
+
+def finalize(config: ConfigDict, vocab_size: int) -> ConfigDict:
+    """The config with everything derived that follows from the rest; `vocab_size` is the tokenizer's."""
+    config = config.copy_and_resolve_references()
+    if config.debug:
+        _shrink(config)
+    if config.model.text.vocab_size == 0:
+        config.model.text.vocab_size = vocab_size
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """A smoke run of the same code: a network of width 32, batches of 16, 20 steps."""
+    sizes = {"width": 32, "heads": 2, "mlp_width": 64, "layers": 2}
+    for part in (config.model.vision, config.model.text, config.model.fusion):
+        part.update(sizes)
+    config.model.projection_width = 16
+    config.model.dtype = "float32"
+    config.model.vision.image_size = 4 * config.model.vision.patch_size
+    for stream in STREAMS:
+        config.data[stream].update(image_size=config.model.vision.image_size, batch_size=16)
+    config.objectives.group_size = 8
+    for name in ("contrastive", "matching", "masked_language", "global_vision", "global_text"):
+        config.objectives[name].update(start=0, ramp=0)
+    config.train.update(steps=20, checkpoint_every=10)
+    config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
+    config.log.every = 5
+
+
+def check(config: ConfigDict, vocab_size: int, devices: int = 1, processes: int = 1) -> None:
+    """Looks at every option before anything is compiled.
+
+    Args:
+        vocab_size: the tokenizer's.
+        devices, processes: that the run will use.
+
+    Raises:
+        ConfigError: names every option that cannot work, why, and what to do.
+    """
+    problems = [*_check_model(config, vocab_size), *_check_training(config), *_check_mesh(config, devices, processes)]
+    for name in active_streams(config):
+        problems += _check_stream(config, name, devices)
+    if problems:
+        raise ConfigError(f"the config has {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+
+
+def _unless(condition: Any, problem: str) -> list[str]:
+    return [] if condition else [problem]
+
+
+def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
+    m = config.model
+    for part in ("vision", "text", "fusion"):
+        width, heads = m[part].width, m[part].heads
+        yield from _unless(heads > 0 and width % heads == 0, f"model.{part}: width {width} does not divide by heads {heads}")
+        yield from _unless(m[part].layers > 0, f"model.{part}.layers is {m[part].layers}; it must be at least 1")
+    yield from _unless(
+        m.vision.image_size % m.vision.patch_size == 0,
+        f"model.vision.image_size {m.vision.image_size} does not divide by patch_size {m.vision.patch_size}",
+    )
+    yield from _unless(m.remat in ("none", "dots", "full"), f"model.remat is {m.remat!r}; choose none, dots or full")
+    yield from _unless(m.dtype in ("float32", "bfloat16"), f"model.dtype is {m.dtype!r}; choose float32 or bfloat16")
+    yield from _unless(
+        vocab_size <= m.text.vocab_size,
+        f"model.text.vocab_size is {m.text.vocab_size}, but the tokenizer has {vocab_size} tokens; "
+        "raise it, or set 0 to take the tokenizer's",
+    )
+    yield from _unless(
+        config.data.text_length + 2 <= m.text.max_positions,
+        f"data.text_length {config.data.text_length} needs model.text.max_positions of at least "
+        f"{config.data.text_length + 2}, which is {m.text.max_positions}",
+    )
+    yield from _unless(config.data.text_length >= 3, "data.text_length must be at least 3 (<s>, a token, </s>)")
+
+
+def _check_training(config: ConfigDict) -> Iterator[str]:
+    t, o = config.train, config.optimizer
+    yield from _unless(active_streams(config), "no data: name data sets in data.images.datasets or data.videos.datasets")
+    yield from _unless(t.steps >= 1, f"train.steps is {t.steps}")
+    yield from _unless(t.accumulate >= 1, f"train.accumulate is {t.accumulate}; 1 means no accumulation")
+    yield from _unless(o.decay in ("linear", "cosine", "constant"), f"optimizer.decay is {o.decay!r}; choose linear, cosine or constant")
+    yield from _unless(0 <= o.ema < 1, f"optimizer.ema is {o.ema}; it is a decay from 0 (off) to below 1")
+    yield from _unless(config.log.every >= 1, f"log.every is {config.log.every}")
+    yield from _unless(t.checkpoint_every >= 1, f"train.checkpoint_every is {t.checkpoint_every}")
+    yield from _unless(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}; 0 means only at the end")
+    for name, objective in config.objectives.items():
+        if isinstance(objective, ConfigDict):
+            sound = objective.weight >= 0 and objective.start >= 0 and objective.ramp >= 0
+            yield from _unless(sound, f"objectives.{name}: weight, start and ramp must not be negative")
+    ratios = (("global_vision", "drop_ratio"), ("local_vision", "replace_ratio"), ("masked_language", "mask_ratio"))
+    for name, option in ratios:
+        ratio = config.objectives[name][option]
+        yield from _unless(0 < ratio < 1, f"objectives.{name}.{option} is {ratio}; it must lie between 0 and 1")
+
+
+def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[str]:
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    fits = sizes.count(-1) <= 1 and known > 0 and (devices % known == 0 if -1 in sizes else devices == known)
+    yield from _unless(fits, f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {devices} device(s)")
+    batch = config.evaluate.batch_size
+    across = devices // max(config.mesh.tensor, 1)
+    yield from _unless(
+        across and batch % across == 0 and batch % processes == 0,
+        f"evaluate.batch_size {batch} does not divide by the {across} device(s) it is split over",
+    )
+
+
+def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
+    stream, model = config.data[name], config.model
+    where = f"data.{name}"
+    across = max(devices // max(config.mesh.tensor, 1), 1)
+    pieces = across * config.train.accumulate
+    yield from _unless(
+        stream.batch_size > 0 and stream.batch_size % pieces == 0,
+        f"{where}.batch_size {stream.batch_size} does not divide by {across} device(s) × train.accumulate "
+        f"{config.train.accumulate}; the next that does is {-(-max(stream.batch_size, 1) // pieces) * pieces}",
+    )
+    group = min(config.objectives.group_size, max(stream.batch_size, 1))
+    yield from _unless(
+        group > 0 and stream.batch_size % (group * config.train.accumulate) == 0,
+        f"{where}.batch_size {stream.batch_size} does not divide into train.accumulate {config.train.accumulate} "
+        f"micro-batches of whole groups (objectives.group_size {config.objectives.group_size})",
+    )
+    yield from _unless(
+        stream.image_size % model.vision.patch_size == 0,
+        f"{where}.image_size {stream.image_size} does not divide by model.vision.patch_size {model.vision.patch_size}",
+    )
+    yield from _unless(
+        1 <= stream.frames <= model.vision.max_frames,
+        f"{where}.frames is {stream.frames}, but model.vision.max_frames (temporal rows) is {model.vision.max_frames}",
+    )
+    patches = (stream.image_size // model.vision.patch_size) ** 2
+    kept = int(patches * (1 - config.objectives.global_vision.drop_ratio))
+    yield from _unless(kept >= 1, f"{where}: of {patches} patches none survives objectives.global_vision.drop_ratio")
+    yield from _unless(
+        stream.flip in ("never", "unless_sided", "always"),
+        f"{where}.flip is {stream.flip!r}; choose never, unless_sided or always",
+    )
+
+
+# what may differ between a work directory's config and the one it is continued with
+MAY_CHANGE = (
+    "mesh",
+    "log",
+    "evaluate",
+    "data.dir",
+    "data.threads",
+    "data.prefetch",
+    "train.checkpoint_every",
+    "train.keep_latest",
+    "train.keep_best",
+    "train.best_metric",
+    "train.profile_steps",
+    "model.remat",
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Options that a run cannot be continued with, as "name: old → new"."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        name = f"{prefix}{key}"
+        if name in MAY_CHANGE:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{name}.")
+        elif _plain(before) != _plain(after):
+            found.append(f"{name}: {before} → {after}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -314,13 +314,9 @@ class EvaluationSet:
         """Batches with all fields of `scl_jax.types.Batch`: every item once, with its first caption."""
         return self._rows.batches(self.num_items, self._pair)
 
-    def thumbnail(self, item: int, size: int = 256) -> UInt8[np.ndarray, "H W 3"]:
-        """The picture of an item (of a clip its middle frame), at most `size` pixels each way, for retrieval sheets."""
-        record = self._record(item)
-        frames = _decoding(record, lambda: _evenly_spaced(record.media, 3 if self._encode.frames > 1 else 1))
-        picture = frames[len(frames) // 2]
-        picture.thumbnail((size, size), Image.Resampling.BICUBIC)
-        return np.array(picture)
+    def frames(self, item: int) -> UInt8[np.ndarray, "F H W 3"]:
+        """The pixels of one item as the model sees them, for retrieval sheets."""
+        return self._encode.pixels(self._record(item))
 
     def _record(self, item: int) -> Record:
         return self._records[item * len(self._records) // self.num_items]

@@ -310,12 +310,9 @@ def test_a_broken_record_is_named_at_evaluation(data, sources):
         list(evaluation(data, ("some/videos",), "videos").items())
 
 
-def test_thumbnails(data):
-    assert evaluation(data).thumbnail(0).shape == (30, 40, 3)
-    assert evaluation(data).thumbnail(0, size=20).shape == (15, 20, 3)
-    assert evaluation(data, ("some/videos",), "videos").thumbnail(1).shape == (32, 32, 3)
-
-
+def test_frames_of_an_item_are_what_the_model_sees(data):
+    examples = evaluation(data)
+    np.testing.assert_array_equal(examples.frames(0), next(iter(examples.items()))["pixels"][0])
 def test_data_modules_import_no_jax_of_their_own():
     code = "import sys, scl_jax.data.images, scl_jax.data.video; assert 'jax' not in sys.modules, 'jax imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

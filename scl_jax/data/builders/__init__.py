@@ -1,0 +1,156 @@
+"""Data sets by name: prepare their shards once, open them for random access.
+
+A data set is addressed as "<builder>/<config>" ("toy_world/images", "own_data/my_set"). `<builder>` is the name of a
+file in this folder, and that file offers one function:
+
+    def make_builder(config_name: str, data_dir: str, **options) -> tfds.core.GeneratorBasedBuilder
+
+The builder's `name` is the name of its file (TFDS derives it from the class: ToyWorld in toy_world.py), its features
+come from `record_features`, and it raises ValueError for a config or an option it does not know. Its shards
+(array_record) lie under `<data_dir>/<builder>/<config>/<version>/`. Reading needs that folder only: neither the
+builder, nor its options, nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+_NAME = re.compile(r"([a-z][a-z0-9_]*)/([A-Za-z0-9][A-Za-z0-9_.-]*)")
+_OPTIONS_FILE = "prepared_with.json"
+
+
+def record_features(**extra: Any) -> tfds.features.FeaturesDict:
+    """The TFDS features of every data set: id, media and captions, and what a data set has besides.
+
+    `Text` reads back as str, `Sequence(Text)` as list[str]; `bytes_feature()` as bytes; tensors as numpy arrays.
+    Extra features are flat: no dictionary within.
+    """
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "media": bytes_feature(),  # an encoded image or video file
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            **extra,
+        }
+    )
+
+
+def bytes_feature() -> tfds.features.Tensor:
+    """A feature of arbitrary bytes, such as an encoded file."""
+    return tfds.features.Tensor(shape=(), dtype=np.object_)
+
+
+class Source:
+    """Random access to the records of one split as plain Python; picklable, for use in worker processes.
+
+    `source[i]` is {"id": str, "media": bytes, "captions": list[str], …extra features of the data set}.
+    """
+
+    def __init__(self, builder: Any, split: str) -> None:
+        features = builder.info.features
+        self._records = builder.as_data_source(split)
+        self._texts = [key for key, feature in features.items() if _is_text(feature)]
+        self._text_lists = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.Sequence) and _is_text(feature.feature)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = dict(self._records[int(index)])
+        for key in self._texts:
+            record[key] = record[key].decode()
+        for key in self._text_lists:
+            record[key] = [text.decode() for text in record[key]]
+        return record
+
+
+def open_source(name: str, split: str, data_dir: str | Path) -> Source:
+    """Opens a prepared split, such as `open_source("toy_world/images", "train", "data")`.
+
+    Raises FileNotFoundError when shards are missing and ValueError when the data set has no such split.
+    """
+    builder_name, config_name = _parse(name)
+    folder = _newest_version(Path(data_dir).expanduser() / builder_name / config_name)
+    command = f"python -m scl_jax.data.prepare --dataset={name} --out={data_dir}"
+    if folder is None:
+        raise FileNotFoundError(f"{name}: no prepared shards in {data_dir}; prepare them with `{command}`")
+    builder = tfds.builder_from_directory(str(folder))
+    splits = builder.info.splits
+    if split not in splits:
+        raise ValueError(f"{name} in {folder} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    lost = [str(path) for path in splits[split].filepaths if not Path(path).exists()]
+    if lost:
+        raise FileNotFoundError(
+            f"{name}: shards are missing ({', '.join(lost)}); delete {folder}, then run `{command}`"
+        )
+    return Source(builder, split)
+
+
+def prepare(name: str, data_dir: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
+    """Writes the shards of a data set and returns their folder; a data set already there is kept.
+
+    `options` go to `make_builder` of the data set and are noted beside the shards, so that a data set prepared with
+    other options is a ValueError instead of a silent reuse; `overwrite` deletes it first.
+    """
+    builder_name, config_name = _parse(name)
+    make_builder = builder_module(builder_name).make_builder
+    builder = make_builder(config_name, str(Path(data_dir).expanduser()), **options)
+    folder = Path(builder.data_dir)
+    options_file = folder / _OPTIONS_FILE
+    noted = json.dumps(options, indent=2, sort_keys=True, default=str)
+    if folder.exists() and overwrite:
+        shutil.rmtree(folder)
+        builder = make_builder(config_name, str(Path(data_dir).expanduser()), **options)  # without what lay there
+    if folder.exists():
+        if options_file.exists() and options_file.read_text() != noted:
+            raise ValueError(
+                f"{name} in {folder} was prepared with other options ({options_file}); "
+                "pass --overwrite to replace it, or choose another output folder"
+            )
+        return folder
+    builder.download_and_prepare(file_format="array_record")
+    options_file.write_text(noted)
+    return folder
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Text)
+
+
+def _parse(name: str) -> tuple[str, str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"data set {name!r}: expected '<builder>/<config>', such as 'toy_world/images'")
+    return match[1], match[2]
+
+
+def _newest_version(folder: Path) -> Path | None:
+    # TFDS writes dataset_info.json last: a folder without it is incomplete
+    versions = [path.parent for path in folder.glob("*.*.*/dataset_info.json")]
+    return max(versions, key=lambda path: tfds.core.Version(path.name), default=None)
+
+
+def builder_module(builder_name: str) -> Any:
+    try:
+        return importlib.import_module(f"{__name__}.{builder_name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{builder_name}":
+            raise
+        known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if _offers_builder(path))
+        raise ValueError(f"no builder {builder_name!r} in {Path(__file__).parent}; known: {', '.join(known)}") from None
+
+
+def _offers_builder(path: Path) -> bool:
+    return "def make_builder(" in path.read_text()

@@ -1,0 +1,317 @@
+"""Caption files to rows: JSONL, CSV, ViLT's pyarrow files, NLVR's JSON, or a folder with `name.txt` beside `name.jpg`.
+
+Every row that cannot be used becomes a `Problem` with its file, line and reason, so that one pass reports all of them.
+What makes a whole file unusable (missing, unknown format, a table without the needed columns) is raised.
+
+Keys of a JSONL object or columns of a CSV or TSV table:
+  image, video or media   path below the media folder; the first two also say what the file must be
+  caption or captions     a text; in JSON also a list of texts. Rows of the same file add up
+  id                      optional; the path by default
+  split                   optional: train, validation, test or another name; `val` and `dev` mean validation
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MEDIA_KEYS = ("image", "video", "media")
+CAPTION_KEYS = ("caption", "captions")
+FORMATS = ("auto", "jsonl", "csv", "arrow", "nlvr")
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row was read: a file and its line, or row of an arrow file, both from 1; line 0: the file as a whole."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A record that is left out, and why."""
+
+    place: Place
+    reason: str
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A file in the media folder, named by its path in there."""
+
+    folder: Path
+    name: str
+
+    def read(self) -> bytes:
+        """The encoded image or video. Raises OSError."""
+        return (self.folder / self.name).read_bytes()
+
+
+@dataclass(frozen=True)
+class ArrowCell:
+    """An encoded image inside an arrow file."""
+
+    file: Path
+    row: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.stem}/{self.row:07d}"
+
+    def read(self) -> bytes:
+        """The encoded image. Raises ValueError where the cell holds none."""
+        data = _arrow_table(self.file)["image"][self.row].as_py()
+        if not isinstance(data, bytes):
+            raise ValueError("no bytes in the column 'image'")
+        return data
+
+
+@dataclass(frozen=True)
+class Row:
+    """One usable row. `kind`: image, video or media (either); `group`: rows of one group go to the same split."""
+
+    place: Place
+    media: MediaFile | ArrowCell
+    kind: str
+    captions: tuple[str, ...]
+    id: str
+    split: str
+    group: str
+
+
+def read_rows(file: Path, file_format: str, media: Path | None, split: str, split_by: str) -> Iterator[Row | Problem]:
+    """Reads a caption file of a format of FORMATS (`auto`: by suffix).
+
+    `media` is the folder that paths start from (arrow files need none), `split` the split of the whole file, or "" when
+    rows say it, `split_by` the column whose value is the group, or "".
+
+    Raises FileNotFoundError, or ValueError for what spoils the whole file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"caption file {file} does not exist")
+    if file_format == "auto":
+        file_format = _SUFFIXES.get(file.suffix.lower(), "")
+    if file_format not in FORMATS[1:]:
+        raise ValueError(
+            f"caption file {file}: unknown format; name it {', '.join(_SUFFIXES)} or choose --format of {FORMATS[1:]}"
+        )
+    if file_format == "arrow":
+        yield from _read_arrow(file, split, split_by)
+        return
+    if media is None:
+        raise ValueError(f"caption file {file} names files: give the folder that they lie in (--media)")
+    read = {"jsonl": _read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
+    for place, values in read(file):
+        if isinstance(values, str):
+            yield Problem(place, values)
+        else:
+            yield _checked(place, values, media, split, "scene" if file_format == "nlvr" else split_by)
+
+
+def read_folder(media: Path) -> Iterator[Row | Problem]:
+    """Reads a folder in which `name.txt` holds the captions, one a line, of the only other file called `name.…`."""
+    files = sorted(path for path in media.rglob("*") if path.is_file() and not path.name.startswith("."))
+    texts = {path.with_suffix(""): path for path in files if path.suffix == ".txt"}
+    described = set()
+    for path in files:
+        stem, name = path.with_suffix(""), path.relative_to(media).as_posix()
+        place = Place(str(texts.get(stem, path)), 0)
+        if path.suffix == ".txt":
+            continue
+        if stem not in texts:
+            yield Problem(place, f"no {stem.name}.txt with its captions beside it")
+        elif stem in described:
+            yield Problem(place, f"describes more than one file: {name} too")
+        else:
+            lines = texts[stem].read_text("utf-8", errors="surrogateescape").splitlines()
+            captions = [line for line in lines if line.strip()]
+            yield _checked(place, {"media": name, "captions": captions}, media, "", "")
+        described.add(stem)
+    for stem, path in texts.items():
+        if stem not in described:
+            yield Problem(Place(str(path), 0), "no media file beside it")
+
+
+# ---- formats: (place, values or the reason why there are none) ----
+
+_Values = Iterator[tuple[Place, Mapping[str, Any] | str]]
+
+
+def _read_jsonl(file: Path) -> _Values:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = Place(str(file), number)
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield place, f"not UTF-8: {error.reason} at byte {error.start}"
+            except (ValueError, RecursionError) as error:
+                yield place, f"malformed JSON: {error}"
+            else:
+                yield place, values if isinstance(values, dict) else f"a JSON {type(values).__name__}, not an object"
+
+
+def _read_csv(file: Path) -> _Values:
+    # bytes that are no UTF-8 become lone surrogates here and are reported with their row
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        try:
+            columns = table.fieldnames or ()
+        except csv.Error as error:
+            raise ValueError(f"caption file {file}: malformed first line: {error}") from error
+        _require_columns(file, columns)
+        while True:
+            place = Place(str(file), table.line_num + 1)
+            try:
+                values = next(table, None)
+            except csv.Error as error:
+                yield place, f"malformed CSV: {error}"
+                continue
+            if values is None:
+                return
+            if None in values:
+                yield place, f"{len(values[None])} more fields than columns; quote captions that hold the separator"
+            else:
+                yield place, {key: value for key, value in values.items() if value is not None}
+
+
+def _read_nlvr(file: Path) -> _Values:
+    """NLVR (Suhr et al., ACL 2017): true sentences are captions of six images, each the same boxes in another order.
+
+    Paths are below the `images` folder; the first part of the identifier is the scene and the group.
+    """
+    part = file.stem  # dev.json describes dev-<n>-<m>-<k>.png
+    for place, values in _read_jsonl(file):
+        if isinstance(values, str):
+            yield place, values
+        elif missing := [key for key in ("sentence", "label", "identifier", "directory") if key not in values]:
+            yield place, f"no {', '.join(missing)} among: {', '.join(values)}; is this NLVR's JSON?"
+        elif values["label"] == "true":
+            for k in range(6):
+                path = f"{values['directory']}/{part}-{values['identifier']}-{k}.png"
+                scene = str(values["identifier"]).split("-")[0]
+                yield place, {"image": path, "caption": values["sentence"], "scene": scene}
+
+
+def _read_arrow(file: Path, split: str, split_by: str) -> Iterator[Row | Problem]:
+    table = _arrow_table(file)
+    _require_columns(file, table.column_names)
+    texts = table.select([name for name in table.column_names if name != "image"])
+    for row, values in enumerate(row for batch in texts.to_batches() for row in batch.to_pylist()):
+        yield _checked(Place(str(file), row + 1), values, ArrowCell(file, row), split, split_by)
+
+
+@functools.lru_cache(maxsize=64)
+def _arrow_table(file: Path) -> Any:
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ValueError(f"reading {file} needs pyarrow: pip install pyarrow") from error
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"caption file {file} is no arrow file: {error}") from error
+
+
+def _require_columns(file: Path, columns: Any) -> None:
+    for wanted in (MEDIA_KEYS, CAPTION_KEYS):
+        if not set(wanted) & set(columns):
+            found = ", ".join(map(repr, columns)) or "none"
+            raise ValueError(f"caption file {file}: no column {' or '.join(map(repr, wanted))}; columns found: {found}")
+
+
+# ---- values to a row ----
+
+
+class _UnusableError(Exception):
+    """Why a row cannot be used."""
+
+
+def _checked(
+    place: Place, values: Mapping[str, Any], media: Path | ArrowCell, split: str, split_by: str
+) -> Row | Problem:
+    try:
+        kind = "image" if isinstance(media, ArrowCell) else _only_key(values, MEDIA_KEYS)
+        file = media if isinstance(media, ArrowCell) else _media_file(media, _text(values[kind], kind))
+        caption_key = _only_key(values, CAPTION_KEYS)
+        captions = values[caption_key] if isinstance(values[caption_key], list) else [values[caption_key]]
+        if not captions:
+            raise _UnusableError("no caption")
+        if split_by and _absent(values.get(split_by)):
+            raise _UnusableError(f"no {split_by!r} (--split_by) among: {', '.join(map(str, values))}")
+        return Row(
+            place=place,
+            media=file,
+            kind=kind,
+            captions=tuple(_text(caption, "caption") for caption in captions),
+            id=file.name if _absent(values.get("id")) else _text(str(values["id"]), "id"),
+            split=split or _split_name(values.get("split")),
+            group=_text(str(values[split_by]), split_by) if split_by else "",
+        )
+    except _UnusableError as error:
+        return Problem(place, str(error))
+
+
+def _only_key(values: Mapping[str, Any], wanted: tuple[str, ...]) -> str:
+    found = [key for key in wanted if not _absent(values.get(key))]
+    if not found:
+        empty = [key for key in wanted if key in values]
+        among = ", ".join(map(str, values)) or "nothing"
+        raise _UnusableError(f"empty {empty[0]}" if empty else f"no {' or '.join(map(repr, wanted))} among: {among}")
+    if len(found) > 1:
+        raise _UnusableError(f"both {' and '.join(map(repr, found))}; keep one")
+    return found[0]
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == ""  # an empty field of a CSV table
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _UnusableError(f"{name} is no text but {type(value).__name__}")
+    if not value.strip():
+        raise _UnusableError(f"empty {name}")
+    if "\0" in value:
+        raise _UnusableError(f"{name} holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _UnusableError(f"{name} is not UTF-8: {ascii(value[:60])}") from None
+    return value.strip()
+
+
+def _split_name(value: Any) -> str:
+    if _absent(value):
+        return ""
+    name = str(value).strip().lower()
+    if not name.isidentifier() or not name.isascii() or name == "all":
+        raise _UnusableError(f"split {value!r} is no name of letters, digits and _")
+    return _SPLIT_NAMES.get(name, name)
+
+
+def _media_file(folder: Path, name: str) -> MediaFile:
+    # links are followed (data folders are full of them); a row itself cannot lead out of the folder
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise _UnusableError(f"{name!r} leads out of the media folder")
+    try:
+        exists = (folder / path).is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise _UnusableError(f"{name[:60]!r}: {error.strerror}") from None
+    if not exists:
+        raise _UnusableError(f"no file {name!r} in the media folder {folder}")
+    return MediaFile(folder, str(path))

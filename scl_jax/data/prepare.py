@@ -1,0 +1,198 @@
+"""Prepares data sets: reads and checks files, or draws toy scenes, and writes array_record shards.
+
+    python -m scl_jax.data.prepare --dataset=toy_world --out=data --train_tokenizer=data/tokenizer
+    python -m scl_jax.data.prepare --dataset=own_data/pets --captions=pets.jsonl --media=pets --out=data
+    python -m scl_jax.data.prepare --dataset=own_data/clips --captions=train=a.csv --captions=test=b.csv --media=clips
+    python -m scl_jax.data.prepare --dataset=own_data/nlvr --captions=nlvr/dev/dev.json --format=nlvr \
+        --media=nlvr/dev/images
+
+Caption files and their columns: scl_jax/data/builders/caption_files.py. A data set is written beside its place and
+moved there when it is complete. Generated data sets that are there already are kept; your own are an error, as their
+files may have changed. `--overwrite` replaces both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scl_jax.data import builders
+from scl_jax.data.builders.own_data import LEFT_OUT_FILE, BrokenRecordsError
+from scl_jax.data.tokens import load_tokenizer, train_tokenizer
+
+_FLAGS = flags.FLAGS
+_ALL_CONFIGS = {"toy_world": ("images", "videos"), "own_data": ("default",)}  # of a data set named without config
+_SHOWN_PROBLEMS = 20
+
+flags.DEFINE_list("dataset", [], "Data sets, separated by commas: toy_world, toy_world/images, own_data/<name>.")
+flags.DEFINE_string("out", "data", "Folder of the shards; config.data.dir of the runs that read them.")
+flags.DEFINE_bool("overwrite", False, "Replace data sets and tokenizers that are there already.")
+flags.DEFINE_string("train_tokenizer", None, "Train a byte-level BPE on the training captions and write this folder.")
+flags.DEFINE_integer("vocab_size", 8192, "Largest vocabulary of the trained tokenizer.")
+# options of builders; only those given are passed on
+flags.DEFINE_multi_string("captions", None, "own_data: caption file or pattern, or split=file; may be repeated.")
+flags.DEFINE_string("media", None, "own_data: folder that the paths in the caption files start from.")
+flags.DEFINE_string("format", None, "own_data: auto, jsonl, csv, arrow or nlvr.")
+flags.DEFINE_string("split_by", None, "own_data: column whose equal values stay in one split.")
+flags.DEFINE_bool("skip_broken", None, "own_data: leave broken records out instead of stopping.")
+flags.DEFINE_integer("workers", None, "own_data: threads that check files.")
+flags.DEFINE_float("validation", None, "own_data: share of the validation split; toy_world: its number of scenes.")
+flags.DEFINE_float("test", None, "own_data: share of the test split; toy_world: its number of scenes.")
+flags.DEFINE_integer("train", None, "toy_world: number of training scenes.")
+flags.DEFINE_integer("seed", None, "toy_world: seed of all scenes.")
+_OPTIONS = (
+    "captions", "media", "format", "split_by", "skip_broken", "workers", "validation", "test", "train", "seed",
+)  # fmt: skip
+
+
+def prepare_dataset(name: str, out: Path, *, overwrite: bool, options: dict[str, Any]) -> tuple[Path, bool]:
+    """Prepares one data set and returns its folder and whether it was written (else kept as it was).
+
+    It is built in a folder beside and then moved, so that a failure leaves what was there before. The list of records
+    left out goes into the data set's folder or, when they stopped the preparation, beside it.
+    """
+    builder_name, _, config_name = name.partition("/")
+    place = out / builder_name / config_name
+    there = sorted(place.glob("*.*.*/dataset_info.json"))
+    if there and not overwrite:
+        if builder_name == "own_data":
+            raise ValueError(f"{name} is already prepared in {there[-1].parent}; pass --overwrite to replace it")
+        return builders.prepare(name, out, **options), False
+    out.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=out))
+    report = staging / builder_name / config_name / LEFT_OUT_FILE
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the folder that is about to be moved
+            written = builders.prepare(name, staging, **options)
+        if report.exists():
+            report.rename(written / LEFT_OUT_FILE)
+        place.mkdir(parents=True, exist_ok=True)
+        target = place / written.name
+        if target.exists():
+            target.rename(staging / "replaced")
+        written.rename(target)
+        (place / LEFT_OUT_FILE).unlink(missing_ok=True)  # of an attempt that failed
+        return target, True
+    except BrokenRecordsError:
+        place.mkdir(parents=True, exist_ok=True)
+        report.rename(place / LEFT_OUT_FILE)
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tokenizer(captions: list[str], folder: Path, vocab_size: int, *, overwrite: bool) -> int:
+    """Trains a tokenizer on captions and returns its vocabulary size; another one already there is an error."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = train_tokenizer(captions, scratch, vocab_size)
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            new, old = (Path(path) / "tokenizer.json" for path in (scratch, folder))
+            if not old.exists() or new.read_bytes() != old.read_bytes():
+                raise ValueError(f"{folder} holds another tokenizer or other files; pass --overwrite or choose another")
+        trained.save(folder)
+    return load_tokenizer(folder).vocab_size
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    console = Console(stderr=True)
+    logging.set_verbosity(logging.ERROR)  # TFDS reports every file it touches
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unknown arguments: {' '.join(argv[1:])}; flags begin with --")
+        captions = _prepare_all(_dataset_names(_FLAGS.dataset), Path(_FLAGS.out).expanduser(), console)
+        if _FLAGS.train_tokenizer:
+            folder = Path(_FLAGS.train_tokenizer).expanduser()
+            size = write_tokenizer(captions, folder, _FLAGS.vocab_size, overwrite=_FLAGS.overwrite)
+            console.print(f"tokenizer of {size:,} tokens: {folder}", soft_wrap=True)
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        return 1
+    return 0
+
+
+def _prepare_all(names: list[str], out: Path, console: Console) -> list[str]:
+    """Prepares the data sets one after the other and returns all their training captions."""
+    options = _options(names)
+    captions: list[str] = []
+    for name in names:
+        try:
+            folder, written = prepare_dataset(name, out, overwrite=_FLAGS.overwrite, options=options[name])
+        except BrokenRecordsError:
+            _show_left_out(out / name / LEFT_OUT_FILE, console)
+            raise
+        console.print(f"{name}: {'written to' if written else 'already there, kept:'} {folder}", soft_wrap=True)
+        captions += _summarise(name, out, folder, console)
+        _show_left_out(folder / LEFT_OUT_FILE, console)
+    return captions
+
+
+def _dataset_names(given: list[str]) -> list[str]:
+    if not given:
+        raise ValueError("name a data set: --dataset=toy_world or --dataset=own_data/<name>")
+    names = []
+    for name in given:
+        names += [name] if "/" in name else [f"{name}/{config}" for config in _ALL_CONFIGS.get(name, ("default",))]
+    return names
+
+
+def _options(names: list[str]) -> dict[str, dict[str, Any]]:
+    """The options given on the command line, for each data set those that its builder knows."""
+    given = {option: _FLAGS[option].value for option in _OPTIONS if _FLAGS[option].value is not None}
+    counts = {option: int(value) for option, value in given.items() if isinstance(value, float) and value >= 1}
+    given |= counts  # numbers of scenes; shares are below 1
+    options = {}
+    for name in names:
+        make_builder = builders.builder_module(name.partition("/")[0]).make_builder
+        known = inspect.signature(make_builder).parameters
+        options[name] = {option: value for option, value in given.items() if option in known}
+    unknown = sorted(set(given).difference(*options.values()))
+    if unknown:
+        raise ValueError(f"{', '.join(names)}: no such option {', '.join(f'--{option}' for option in unknown)}")
+    return options
+
+
+def _summarise(name: str, out: Path, folder: Path, console: Console) -> list[str]:
+    """Reads the shards back once, prints what they hold, and returns the training captions."""
+    train_captions: list[str] = []
+    table = Table("split", "items", "captions", "MB", title=name)
+    for split in tfds.builder_from_directory(str(folder)).info.splits:
+        source = builders.open_source(name, split, out)
+        items = captions = size = 0
+        for index in range(len(source)):
+            record = source[index]
+            items, captions, size = items + 1, captions + len(record["captions"]), size + len(record["media"])
+            if split == "train":
+                train_captions += record["captions"]
+        table.add_row(split, f"{items:,}", f"{captions:,}", f"{size / 1e6:,.1f}")
+    console.print(table)
+    return train_captions
+
+
+def _show_left_out(report: Path, console: Console) -> None:
+    if not report.exists():
+        return
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    for line in lines[:_SHOWN_PROBLEMS]:
+        place = f"{line['file']}, line {line['line']}" if line["line"] else line["file"]
+        console.print(f"[yellow]left out[/]: {escape(place)}: {escape(line['reason'])}", soft_wrap=True)
+    console.print(f"left out in all: {len(lines):,} (see {report})", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,33 @@
+"""Trains or evaluates: `python -m scl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/quickstart.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then evaluate), or evaluate a checkpoint.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --config.name=value")
+    logging.set_verbosity(logging.WARNING)
+    from scl_jax.session import Session  # after the flags, so that --help is instant
+
+    try:
+        session = Session(_CONFIG.value, _WORKDIR.value)
+        if _MODE.value == "evaluate":
+            session.evaluate()
+        else:
+            session.train()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,200 @@
+"""The training loop: batches in, steps, logs, evaluations, checkpoints; it continues where a checkpoint left off.
+
+A step is dispatched, then the next batch is fetched while the device works. Metrics stay on the device until a line of
+the log is due, so the loop never waits for the device except to keep no more than two steps in flight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from scl_jax.tasks.pretrain import Pretraining
+from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.logging import RunLog
+from scl_jax.training.sharding import global_batch
+from scl_jax.training.state import TrainState
+from scl_jax.types import Batch
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When things happen, in steps; `evaluate_every` 0 means not while training."""
+
+    steps: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+    profile: tuple[int, int] = (0, 0)
+
+    def evaluates(self, step: int) -> bool:
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
+
+    def saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0 or step == self.steps or self.evaluates(step)
+
+
+class Window:
+    """Sums of metrics since the last line of the log, by stream; part of a checkpoint, so that resuming is exact.
+
+    Metrics wait on the device as arrays and are summed on the host, in order, only when somebody asks.
+    """
+
+    def __init__(self, state: dict[str, list[float]] | None = None):
+        self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}  # sum, count
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+
+    def add(self, stream: str, metrics: dict[str, Any]) -> None:
+        self._waiting.append((stream, metrics))
+
+    def state(self) -> dict[str, list[float]]:
+        for stream, metrics in self._waiting:
+            for name, value in jax.device_get(metrics).items():
+                kind, _, rest = name.partition("/")
+                pair = self._sums.setdefault(f"{kind}/{stream}/{rest}" if rest else name, [0.0, 0.0])
+                pair[0] += float(value)
+                pair[1] += 1.0
+        self._waiting = []
+        return self._sums
+
+    def means(self) -> dict[str, float]:
+        """The means, and an empty window."""
+        means = {name: total / count for name, (total, count) in self.state().items()}
+        self._sums = {}
+        return means
+
+
+class Feed:
+    """The next batch on the device, with the place of the data iterator after it and the seconds spent waiting."""
+
+    def __init__(self, iterator: Any, mesh: Mesh):
+        self._iterator, self._mesh = iterator, mesh
+        self.waited = 0.0
+        self._next: tuple[str, Batch, dict[str, Any]] | None = None
+
+    def fetch(self) -> None:
+        """Gets the batch that the next call of `take` returns."""
+        start = time.perf_counter()
+        arrays = next(self._iterator)
+        self.waited += time.perf_counter() - start
+        stream = arrays.pop("stream")
+        self._next = (stream, Batch(**global_batch(arrays, self._mesh)), self._iterator.get_state())
+
+    def take(self) -> tuple[str, Batch, dict[str, Any]]:
+        """(stream, batch, state of the iterator after this batch)."""
+        if self._next is None:
+            self.fetch()
+        assert self._next is not None
+        batch, self._next = self._next, None
+        return batch
+
+
+class StopRequest:
+    """Notices SIGTERM (and the first Ctrl-C), so that the loop can save and end; restores the handlers afterwards."""
+
+    def __enter__(self) -> StopRequest:
+        self.received = False
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:  # a second time: at once
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Speed:
+    """Examples per second and the share of time spent waiting for data, since the last line of the log."""
+
+    def __init__(self, feed: Feed):
+        self._feed = feed
+        self.reset()
+
+    def reset(self) -> None:
+        self._start, self._waited, self._examples, self.flops = time.perf_counter(), self._feed.waited, 0, 0.0
+
+    def add(self, batch: Batch) -> None:
+        self._examples += batch.weight.shape[0]
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        read = {
+            "speed/examples_per_second": self._examples / seconds,
+            "speed/data_wait": (self._feed.waited - self._waited) / seconds,
+        }
+        self.reset()
+        return read
+
+
+def train(
+    task: Pretraining,
+    step_function: Callable,
+    state: TrainState,
+    iterator: Any,
+    mesh: Mesh,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    evaluate: Evaluate,
+    window: Window,
+) -> tuple[TrainState, bool]:
+    """Trains from `state.step` to `schedule.steps`.
+
+    Args:
+        step_function: jitted (state, batch, active) → (state, metrics) that donates the state.
+        iterator: of the data set, standing behind the last batch that `state` has seen.
+        evaluate: the metrics of a state, for the log and the choice of the best checkpoint.
+        window: metrics since the last line of the log, from the checkpoint.
+
+    Returns:
+        The last state, and whether training is complete (False after SIGTERM: saved, to be continued).
+    """
+    feed = Feed(iterator, mesh)
+    speed = Speed(feed)
+    number = int(state.step)
+    in_flight: list[Any] = []
+    with StopRequest() as stop:
+        while number < schedule.steps:
+            if number == schedule.profile[0] and schedule.profile[1] > 0:
+                jax.profiler.start_trace(str(log.workdir / "profile"))
+            stream, batch, place = feed.take()
+            state, metrics = step_function(state, batch, task.active(number))
+            number += 1
+            window.add(stream, metrics)
+            speed.add(batch)
+            in_flight.append(metrics["loss/total"])
+            if number < schedule.steps:
+                feed.fetch()
+            if len(in_flight) > 1:
+                jax.block_until_ready(in_flight.pop(0))
+            if number == schedule.profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            log.status(number)
+            if number % schedule.log_every == 0 or number == schedule.steps:
+                log.write(number, {**window.means(), **speed.read()})
+            results = None
+            if schedule.evaluates(number):
+                results = evaluate(state)
+                log.write(number, results)
+            if schedule.saves(number) or stop.received:
+                checkpoints.save(number, state, {"data": place, "window": window.state()}, results)
+            if results or stop.received:
+                speed.reset()
+            if stop.received:
+                break
+    checkpoints.wait()
+    return state, number >= schedule.steps
+

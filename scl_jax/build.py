@@ -55,6 +55,7 @@ def pretraining(config: ConfigDict, mask_id: int) -> Pretraining:
             language_ratio=o.masked_language.mask_ratio,
             text_ratio=o.text_mask_ratio,
             group_size=o.group_size,
+            hard_negatives=o.matching.hard_negatives,
         ),
         patch_size=config.model.vision.patch_size,
         global_temperature={name: o[name].temperature for name in ("global_vision", "global_text")},

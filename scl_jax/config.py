@@ -72,7 +72,7 @@ def _objectives() -> ConfigDict:
     return ConfigDict(
         {
             "contrastive": objective(0.5, temperature_min=0.01, temperature_max=1.0),
-            "matching": objective(1.0),
+            "matching": objective(1.0, hard_negatives=False),  # True: other images by contrastive similarity
             "masked_language": objective(1.0, mask_ratio=0.15),
             "global_vision": objective(1.0, drop_ratio=0.8, temperature=0.03),
             "global_text": objective(1.0, temperature=0.03),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,8 +43,10 @@ class PretrainingEvaluation:
         seed: int,
     ):
         self.sets = sets
-        self._task, self._mesh = task, mesh
+        self._mesh = mesh
         self._batch_size, self._rerank = batch_size, rerank
+        # accuracy is told on evenly drawn negatives, whatever training uses, so that runs compare
+        task = dataclasses.replace(task, masks=dataclasses.replace(task.masks, hard_negatives=False))
         self._key = named_key(jax.random.key(seed), "evaluation")
 
         def encode_items(params: Params, pixels) -> tuple[Float[Array, "B E"], Float[Array, "B N D"]]:

@@ -1,6 +1,7 @@
 """Fusion encoder: two streams with co-attention (METHOD section 3).
 
-Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D width.
+Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches),
+D width, J = 2D joint width.
 """
 
 from __future__ import annotations
@@ -142,6 +143,6 @@ class FusionEncoder(nnx.Module):
         image = jnp.tanh(self.image_pooler(fused.frame_globals.mean(axis=1)))
         return text, image
 
-    def joint(self, fused: Fused) -> Float[Array, "B 2D"]:
+    def joint(self, fused: Fused) -> Float[Array, "B J"]:
         """concat(pooled text, pooled image)."""
         return jnp.concatenate(self.pool(fused), axis=-1)

@@ -1,6 +1,6 @@
 """Heads on top of the encoders (METHOD sections 4 and 7).
 
-Axes: B batch, D width, E width of the contrastive space, V vocabulary, K classes.
+Axes: B batch, D width, J = 2D joint width, E width of the contrastive space, V vocabulary, K classes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MatchingHead(nnx.Module):
     def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
         self.dense = precision.linear(2 * width, 2, BERT_INIT, rngs)
 
-    def __call__(self, joint: Float[Array, "B 2D"]) -> Float[Array, "B 2"]:
+    def __call__(self, joint: Float[Array, "B J"]) -> Float[Array, "B 2"]:
         return self.dense(joint)
 
 

@@ -42,16 +42,21 @@ class VisionConfig:
     epsilon: float = 1e-5  # CLIP's
 
 
-def normalize_pixels(pixels: UInt8[Array, "*S 3"] | Float[Array, "*S 3"], dtype) -> Float[Array, "*S 3"]:
-    """Bytes to CLIP's zero mean and unit deviation, computed in at least float32; floats pass as they are."""
-    if jnp.issubdtype(pixels.dtype, jnp.floating):
-        return pixels.astype(dtype)
+def normalize_patches(patches: UInt8[Array, "*S patch"] | Float[Array, "*S patch"], dtype) -> Float[Array, "*S patch"]:
+    """Bytes to CLIP's zero mean and unit deviation, computed in at least float32; floats pass as they are.
+
+    The last axis repeats red, green, blue.
+    """
+    if jnp.issubdtype(patches.dtype, jnp.floating):
+        return patches.astype(dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
-    x = pixels.astype(wide) / 255.0
-    return ((x - jnp.asarray(CLIP_MEAN, wide)) / jnp.asarray(CLIP_STD, wide)).astype(dtype)
+    mean, std = (jnp.tile(jnp.asarray(x, wide), patches.shape[-1] // 3) for x in (CLIP_MEAN, CLIP_STD))
+    return ((patches.astype(wide) / 255.0 - mean) / std).astype(dtype)
 
 
-def patchify(pixels: Float[Array, "B F height width 3"], size: int) -> Float[Array, "B F P patch"]:
+def patchify(
+    pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"], size: int
+) -> UInt8[Array, "B F P patch"] | Float[Array, "B F P patch"]:
     """Non-overlapping square patches, row by row; each patch flattened as (row, column, channel)."""
     b, f, height, width, channels = pixels.shape
     if height % size or width % size:
@@ -189,13 +194,13 @@ class VisionEncoder(nnx.Module):
             )
         if height != width:
             raise ValueError(f"images must be square, these are {height}×{width} pixels")
-        patches = patchify(normalize_pixels(pixels, self.dtype), self.patch_size)  # (B, F, P, 3·size²)
+        patches = patchify(pixels, self.patch_size)  # (B, F, P, 3·size²), still bytes: a quarter of the traffic
         table = resize_positions(self.position_embedding[...], height // self.patch_size).astype(self.dtype)
         positions = table[None, 1:]  # (1, P, D)
         if keep is not None:
             patches = gather_tokens(patches, jnp.broadcast_to(keep[:, None], (b, f, keep.shape[1])))
             positions = table[1:][keep]  # (B, S, D)
-        x = self.patch_embedding(patches)
+        x = self.patch_embedding(normalize_patches(patches, self.dtype))
         if replaced is not None:
             x = jnp.where(replaced[:, None, :, None], self.mask_embedding[...].astype(x.dtype), x)
         cls = self.class_embedding[...].astype(x.dtype) + table[0]

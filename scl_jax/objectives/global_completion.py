@@ -32,10 +32,10 @@ def global_vision_loss(
 ) -> LossSum:
     """InfoNCE over the whole batch between image globals of {dropped image, full text} and {full image, masked text}.
 
-    Computed for each frame's [CLS] and averaged. `norm_over_frames` reproduces the reference, which divides by the norm
+    Computed for each frame's [CLS] and averaged. `norm_over_frames` reproduces the reference, which divides clips by the norm
     over the frame axis, so that its similarities are no cosines (METHOD section 8, item 3).
     """
-    axis = 1 if norm_over_frames else -1
+    axis = 1 if norm_over_frames and anchors.shape[1] > 1 else -1  # an image is normalised properly there too
     x = jnp.swapaxes(unit(anchors, axis), 0, 1)  # (F, B, D)
     y = jnp.swapaxes(unit(jax.lax.stop_gradient(targets), axis), 0, 1)
     frames = x.shape[0]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.fusion import Fused
+from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
 from scl_jax.types import Batch
@@ -68,6 +69,7 @@ class MaskSpec:
     language_ratio: float = 0.15
     text_ratio: float = 0.4
     group_size: int = 16
+    hard_negatives: bool = False  # matching draws the other image by contrastive similarity instead of evenly
 
 
 @flax.struct.dataclass
@@ -85,6 +87,7 @@ class Masks:
     completion_valid: Bool[Array, "B T"]
     partner: Int[Array, " B"]  # whose image a text is matched with, in its group
     is_pair: Bool[Array, " B"]  # whether that is its own
+    partner_noise: Float[Array, "B size"] | None = None  # Gumbel noise, -inf where no partner, for hard negatives
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
@@ -111,7 +114,7 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
     )
     language_ids = corrupt(named_key(key, "language_ids"), batch.token_ids, language_slots, language_valid, spec)
     slots, valid = draw_completion_tokens(named_key(key, "completion"), batch.word_ids, spec.text_ratio)
-    is_pair, partner = draw_partners(named_key(key, "matching"), batch.item_id, batch.weight, spec.group_size)
+    is_pair, partner, noise = draw_partners(named_key(key, "matching"), batch.item_id, batch.weight, spec.group_size)
     return Masks(
         keep=keep,
         replaced=replaced,
@@ -124,6 +127,7 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
         completion_valid=valid,
         partner=partner,
         is_pair=is_pair,
+        partner_noise=noise if spec.hard_negatives else None,
     )
 
 
@@ -204,7 +208,7 @@ def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:
 
 def draw_partners(
     key: Key[Array, ""], item_id: Int[Array, " B"], weight: Float[Array, " B"], group_size: int
-) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
+) -> tuple[Bool[Array, " B"], Int[Array, " B"], Float[Array, "B size"]]:
     """Half of a group keeps its image, the others get that of another member: never the same item, never padding.
 
     A sample without such a member keeps its own image and is a true pair.
@@ -212,16 +216,30 @@ def draw_partners(
     Returns:
         is_pair: whether the image is the text's own.
         partner: index within the group of the sample whose image is taken.
+        noise: what chose the partner (the largest wins), -inf where a member cannot be the partner.
     """
     groups, size = group_shape(item_id.shape[0], group_size)
     half_key, partner_key = jax.random.split(key)
     keeps = jnp.argsort(jnp.argsort(jax.random.uniform(half_key, (groups, size)), axis=1), axis=1) < (size + 1) // 2
     items, real = item_id.reshape(groups, size), weight.reshape(groups, size) > 0
     allowed = (items[:, :, None] != items[:, None, :]) & real[:, None, :]
-    score = jnp.where(allowed, jax.random.uniform(partner_key, allowed.shape), -1.0)
+    noise = jnp.where(allowed, jax.random.gumbel(partner_key, allowed.shape), -jnp.inf)
     is_pair = keeps | ~allowed.any(axis=2)
-    partner = jnp.where(is_pair, jnp.arange(size)[None], jnp.argmax(score, axis=2))
-    return is_pair.reshape(-1), partner.reshape(-1)
+    partner = jnp.where(is_pair, jnp.arange(size)[None], jnp.argmax(noise, axis=2))
+    return is_pair.reshape(-1), partner.reshape(-1), noise.reshape(-1, size)
+
+
+def harden_partners(
+    masks: Masks, text: Float[Array, "B E"], image: Float[Array, "B E"], temperature: Float[Array, ""]
+) -> Masks:
+    """Partners drawn in proportion to exp(cos(text, image) / temperature) within the group; `is_pair` stays."""
+    if masks.partner_noise is None:
+        return masks
+    size = masks.partner_noise.shape[1]
+    texts, images = (unit(jax.lax.stop_gradient(x)).reshape(-1, size, x.shape[-1]) for x in (text, image))
+    logits = jnp.einsum("gte,gie->gti", texts, images) / jax.lax.stop_gradient(temperature)
+    hardest = jnp.argmax(masks.partner_noise + logits.reshape(-1, size), axis=1)
+    return masks.replace(partner=jnp.where(masks.is_pair, masks.partner, hardest))
 
 
 def interleave(views: list[Array]) -> Array:

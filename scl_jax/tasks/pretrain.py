@@ -32,6 +32,7 @@ from scl_jax.objectives.views import (
     encode_views,
     fuse_pairs,
     group_shape,
+    harden_partners,
     pairs_needed,
 )
 from scl_jax.types import Batch, LossSum
@@ -111,11 +112,13 @@ class Pretraining:
         views_key, pairs_key = split_key(key, 2)
         pairs = pairs_needed(active)
         views = encode_views(model, batch, masks, pairs, views_key)
+        text = model.project_text(views.texts["full"])
+        image = model.project_image(views.images["full"], views.frames)
+        masks = harden_partners(masks, text, image, model.contrastive.temperature[...])
         fused = fuse_pairs(model, batch, views, masks, pairs, self.masks.group_size, pairs_key)
         losses, accuracies, vectors = {}, {}, {}
         if "contrastive" in active:
-            vectors["contrastive_text"] = model.project_text(views.texts["full"])
-            vectors["contrastive_image"] = model.project_image(views.images["full"], views.frames)
+            vectors["contrastive_text"], vectors["contrastive_image"] = text, image
         if "matching" in active:
             logits = model.matching(model.fusion.joint(fused["matching"]))
             losses["matching"] = matching_loss(logits, masks.is_pair, batch.weight)

@@ -1,0 +1,181 @@
+"""A whole run: it trains, evaluates, continues exactly, and is the same on any mesh."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from scl_jax.config import ConfigError
+from scl_jax.models import parameters
+from scl_jax.session import Session
+from scl_jax.training import sharding
+from scl_jax.training.checkpoint import Checkpoints, abstract_state
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    return toy_run.prepare(tmp_path_factory.mktemp("toy_data"))
+
+
+class Devices:
+    """Makes a session use the first `count` of the virtual devices."""
+
+    def __init__(self, monkeypatch, count: int):
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(jax, "device_count", lambda: count)
+        make_mesh = sharding.make_mesh
+        monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=devices))
+
+
+def metrics_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters_of(session: Session) -> dict[str, np.ndarray]:
+    _, _, state = session.initial_state()
+    state, _ = session.checkpoints.restore(abstract_state(state))
+    return {path: np.asarray(x) for path, x in parameters.flatten(state.params).items()}
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (8, 1), (8, 2)])
+def test_an_interrupted_run_is_bit_identical_to_an_undisturbed_one(data_dir, tmp_path, monkeypatch, devices, accumulate):
+    """Stopped after a checkpoint with more steps already logged, as by SIGKILL; dropout on, both streams, all losses."""
+    Devices(monkeypatch, devices)
+    options = {"train.accumulate": accumulate, "objectives.group_size": 4 if devices == 1 else 2}
+    if accumulate == 2:
+        options["data.images.batch_size"] = options["data.videos.batch_size"] = 32
+    undisturbed = Session(toy_run.config(data_dir, **options), tmp_path / "undisturbed")
+    assert undisturbed.train()
+
+    config = toy_run.config(data_dir, **options)
+    killed = Session(config, tmp_path / "killed")
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: save(self, step, *rest) if step < 5 else die())
+    with pytest.raises(KilledError):
+        killed.train()
+    killed.checkpoints.wait()
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert [line["step"] for line in metrics_of(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+
+    restarted = Session(config, tmp_path / "killed")
+    assert restarted.train()
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "undisturbed/metrics.jsonl").read_bytes()
+    assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "undisturbed/results.json").read_bytes()
+    for (path, x), y in zip(parameters_of(undisturbed).items(), parameters_of(restarted).values(), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=path)
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL."""
+
+
+def die() -> None:
+    raise KilledError
+
+
+def test_a_run_leaves_what_others_rely_on(data_dir, tmp_path):
+    session = Session(toy_run.config(data_dir, **{"train.steps": 2, "evaluate.every": 1}), tmp_path)
+    assert session.train()
+    results = json.loads((tmp_path / "results.json").read_text())
+    for name in (
+        "retrieval/text_to_image/recall@1",
+        "retrieval/video/text_to_video/recall@1",
+        "retrieval/contrastive/image_to_text/recall@10",
+        "matching/accuracy",
+        "masked_language/accuracy",
+        "matching/video/accuracy",
+    ):
+        assert 0 <= results[name] <= 1
+    lines = metrics_of(tmp_path)
+    losses = {name.split("/")[2] for line in lines for name in line if name.startswith("loss/")}
+    assert losses == {
+        *("contrastive", "matching", "masked_language", "global_vision", "global_text"),
+        *("local_vision", "local_text", "total"),
+    }
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    for name in ("config.json", "loss_curves.png", "retrieval_images.png", "retrieval_videos.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert session.checkpoints.latest() == 2
+
+
+def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path):
+    assert Session(toy_run.config(data_dir, **{"train.steps": 1}), tmp_path).train()
+    with pytest.raises(ConfigError, match=r"model\.dropout: 0\.1 → 0\.2"):
+        Session(toy_run.config(data_dir, **{"train.steps": 1, "model.dropout": 0.2}), tmp_path)
+    Session(toy_run.config(data_dir, **{"train.steps": 1, "log.every": 7}), tmp_path)  # does not matter
+
+
+def losses_on(mesh: dict[str, int], devices: int, data_dir: Path, workdir: Path, monkeypatch) -> list[dict]:
+    with monkeypatch.context() as patch:
+        Devices(patch, devices)
+        changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        options = {"train.steps": 5, "train.checkpoint_every": 5, "objectives.group_size": 4, "data.text_length": 16}
+        assert Session(toy_run.config(data_dir, **options, **changes), workdir).train()
+    return metrics_of(workdir)
+
+
+def test_every_mesh_gives_the_same_losses(data_dir, tmp_path, monkeypatch):
+    """1 device, 8-way data parallel, 2×4 FSDP and 4×2 tensor parallel: 5 steps with dropout, to 1e-5."""
+    meshes = {
+        "one": ({"data": 1}, 1),
+        "data": ({"data": 8}, 8),
+        "fsdp": ({"data": 2, "fsdp": 4}, 8),
+        "tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
+    }
+    runs = {
+        name: losses_on(sizes, devices, data_dir, tmp_path / name, monkeypatch)
+        for name, (sizes, devices) in meshes.items()
+    }
+    for name, lines in runs.items():
+        for expected, line in zip(runs["one"], lines, strict=True):
+            for key in (key for key in expected if key.startswith("loss/")):
+                assert abs(line[key] - expected[key]) <= 1e-5 * max(1, abs(expected[key])), (name, line["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 2), (8, 1), (8, 2)])
+def test_sigkill_at_a_random_moment(data_dir, tmp_path, devices, accumulate):
+    """`python -m scl_jax.main` killed with SIGKILL and restarted ends as the undisturbed one: files and parameters."""
+    overrides = (f"--config.train.accumulate={accumulate}", "--config.train.steps=40", "--config.objectives.group_size=2")
+    overrides += ("--config.data.images.batch_size=32", "--config.data.videos.batch_size=32")
+    process = toy_run.run_main(data_dir, tmp_path / "undisturbed", devices, *overrides)
+    assert process.wait() == 0, process.stdout.read()
+
+    kill_at = random.Random(devices * 10 + accumulate).randint(5, 35)
+    process = toy_run.run_main(data_dir, tmp_path / "killed", devices, *overrides)
+    metrics = tmp_path / "killed/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_at):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process = toy_run.run_main(data_dir, tmp_path / "killed", devices, *overrides)
+    assert process.wait() == 0, process.stdout.read()
+    for name in ("metrics.jsonl", "results.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+    checkpoints = [Checkpoints(tmp_path / run / "checkpoints") for run in ("undisturbed", "killed")]
+    config = toy_run.config(data_dir)
+    _, _, state = Session(config, tmp_path / "fresh").initial_state()
+    states = [found.restore(abstract_state(state), 40)[0] for found in checkpoints]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well(data_dir, tmp_path):
+    process = toy_run.run_main(data_dir, tmp_path, 1, "--config.train.steps=5000", "--config.train.checkpoint_every=5000")
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    saved = Checkpoints(tmp_path / "checkpoints").latest()
+    assert saved is not None and saved == metrics_of(tmp_path)[-1]["step"]

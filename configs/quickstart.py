@@ -28,7 +28,7 @@ def get_config():
     objectives = config.objectives
     for name in ("matching", "masked_language"):
         objectives[name].update(start=1500, ramp=100)
-    objectives.matching.hard_negatives = True  # random scenes are too easy to tell apart
+    objectives.matching.hard_negatives = 0.5  # random scenes alone are too easy to tell apart
     for name in ("global_vision", "global_text", "local_vision", "local_text"):
         objectives[name].update(start=1900, ramp=100)
         objectives[name].weight *= 0.1

@@ -71,7 +71,9 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """Options of the optimizer."""
     old = config.reference_behaviour
     return OptimizerConfig(
-        **config.optimizer, decay_like_reference=old.decay_norms_and_temperature, adam_eps_uncorrected=old.adam_eps_uncorrected
+        **config.optimizer,
+        decay_like_reference=old.decay_norms_and_temperature,
+        adam_eps_uncorrected=old.adam_eps_uncorrected,
     )
 
 

@@ -22,6 +22,7 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.debug = False  # shrink model, data and steps for a smoke run of the same code
     config.model = _model()
+    config.init = _init()
     config.objectives = _objectives()
     config.reference_behaviour = _reference_behaviour()
     config.data = _data()
@@ -64,6 +65,17 @@ def _model() -> ConfigDict:
     )
 
 
+def _init() -> ConfigDict:
+    # what step 0 starts from instead of random weights: a path, or a name on the Hugging Face hub; empty: nothing
+    return ConfigDict(
+        {
+            "checkpoint": "",  # a work directory, a folder of scl_jax.convert, or a PyTorch file of a whole model
+            "vision": "",  # CLIP ViT: OpenAI's archive, or Hugging Face's CLIPModel or CLIPVisionModel
+            "text": "",  # RoBERTa: Hugging Face's RobertaModel or RobertaForMaskedLM
+        }
+    )
+
+
 def _objectives() -> ConfigDict:
     def objective(weight: float, **more) -> ConfigDict:
         # weight reached by a linear ramp of `ramp` steps that begins at step `start`; weight 0 switches it off
@@ -72,7 +84,7 @@ def _objectives() -> ConfigDict:
     return ConfigDict(
         {
             "contrastive": objective(0.5, temperature_min=0.01, temperature_max=1.0),
-            "matching": objective(1.0, hard_negatives=False),  # True: other images by contrastive similarity
+            "matching": objective(1.0, hard_negatives=0.0),  # share of the other images drawn by similarity
             "masked_language": objective(1.0, mask_ratio=0.15),
             "global_vision": objective(1.0, drop_ratio=0.8, temperature=0.03),
             "global_text": objective(1.0, temperature=0.03),
@@ -239,7 +251,9 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
     m = config.model
     for part in ("vision", "text", "fusion"):
         width, heads = m[part].width, m[part].heads
-        yield from _unless(heads > 0 and width % heads == 0, f"model.{part}: width {width} does not divide by heads {heads}")
+        yield from _unless(
+            heads > 0 and width % heads == 0, f"model.{part}: width {width} does not divide by heads {heads}"
+        )
         yield from _unless(m[part].layers > 0, f"model.{part}.layers is {m[part].layers}; it must be at least 1")
     yield from _unless(
         m.vision.image_size % m.vision.patch_size == 0,
@@ -262,14 +276,21 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
 
 def _check_training(config: ConfigDict) -> Iterator[str]:
     t, o = config.train, config.optimizer
-    yield from _unless(active_streams(config), "no data: name data sets in data.images.datasets or data.videos.datasets")
+    yield from _unless(
+        active_streams(config), "no data: name data sets in data.images.datasets or data.videos.datasets"
+    )
     yield from _unless(t.steps >= 1, f"train.steps is {t.steps}")
     yield from _unless(t.accumulate >= 1, f"train.accumulate is {t.accumulate}; 1 means no accumulation")
-    yield from _unless(o.decay in ("linear", "cosine", "constant"), f"optimizer.decay is {o.decay!r}; choose linear, cosine or constant")
+    yield from _unless(
+        o.decay in ("linear", "cosine", "constant"),
+        f"optimizer.decay is {o.decay!r}; choose linear, cosine or constant",
+    )
     yield from _unless(0 <= o.ema < 1, f"optimizer.ema is {o.ema}; it is a decay from 0 (off) to below 1")
     yield from _unless(config.log.every >= 1, f"log.every is {config.log.every}")
     yield from _unless(t.checkpoint_every >= 1, f"train.checkpoint_every is {t.checkpoint_every}")
-    yield from _unless(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}; 0 means only at the end")
+    yield from _unless(
+        config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}; 0 means only at the end"
+    )
     for name, objective in config.objectives.items():
         if isinstance(objective, ConfigDict):
             sound = objective.weight >= 0 and objective.start >= 0 and objective.ramp >= 0
@@ -286,7 +307,9 @@ def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[st
     for size in sizes:
         known *= size if size != -1 else 1
     fits = sizes.count(-1) <= 1 and known > 0 and (devices % known == 0 if -1 in sizes else devices == known)
-    yield from _unless(fits, f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {devices} device(s)")
+    yield from _unless(
+        fits, f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {devices} device(s)"
+    )
     batch = config.evaluate.batch_size
     across = devices // max(config.mesh.tensor, 1)
     yield from _unless(
@@ -330,6 +353,7 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
 
 # what may differ between a work directory's config and the one it is continued with
 MAY_CHANGE = (
+    "init",  # only step 0 looks at it
     "mesh",
     "log",
     "evaluate",

@@ -14,13 +14,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command."""
     if len(argv) > 1:
         raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --config.name=value")
     logging.set_verbosity(logging.WARNING)
     from scl_jax.session import Session  # after the flags, so that --help is instant
 
     try:
-        session = Session(_CONFIG.value, _WORKDIR.value)
+        session = Session(_CONFIG.value, str(_WORKDIR.value))
         if _MODE.value == "evaluate":
             session.evaluate()
         else:

@@ -1,20 +1,24 @@
 """One run from its config: tokenizer, mesh, network, data and evaluation put together; then train or evaluate.
 
-    <workdir>/config.json  metrics.jsonl  results.json  checkpoints/  loss_curves.png  retrieval_images.png …
+<workdir>/config.json  metrics.jsonl  results.json  checkpoints/  loss_curves.png  retrieval_images.png …
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from scl_jax import build, plots
 from scl_jax.config import ConfigError, active_streams, check, differences, finalize
+from scl_jax.convert.initial import initial_parameters
 from scl_jax.data.pipeline import EvaluationSet, evaluation_set, train_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
@@ -45,6 +49,7 @@ class Session:
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.pretraining(self.config, self.tokenizer.mask_id)
         self.is_main = jax.process_index() == 0
+        self.initial_notes: list[str] = []
 
     def _check_workdir(self) -> None:
         """A work directory that holds a checkpoint can only be continued with the same config."""
@@ -65,9 +70,19 @@ class Session:
         return Checkpoints(self.workdir / "checkpoints", t.keep_latest, t.keep_best, t.best_metric)
 
     def initial_state(self) -> tuple[Any, Any, TrainState]:
-        """(graph, optimizer, fresh state), sharded."""
+        """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued."""
         maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
-        return init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
+        graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
+        if self.checkpoints.latest() is None:
+            params, self.initial_notes = initial_parameters(self.config, state.params)
+            ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
+            state = dataclasses.replace(state, params=params, ema=ema)
+        return graph, tx, state
+
+    def say_initial(self, log: RunLog) -> None:
+        """What step 0 starts from, line by line."""
+        for line in self.initial_notes:
+            log.say(line)
 
     def evaluation_sets(self, split: str) -> dict[str, EvaluationSet]:
         """The evaluation set of every stream that is on."""
@@ -131,6 +146,7 @@ class Session:
             count = parameters.count(state.params)
             begin = f"continuing from step {begun}" if begun is not None else "starting"
             log.say(f"{begin}: {count / 1e6:.1f} M parameters, {self.mesh.devices.size} device(s)")
+            self.say_initial(log)
             state, complete = train(
                 self.task,
                 self.jit_step(graph, tx, state),
@@ -150,10 +166,12 @@ class Session:
         return complete
 
     def evaluate(self) -> None:
-        """Evaluates the newest checkpoint on the final split."""
+        """Evaluates the newest checkpoint, or without one `config.init.checkpoint`, on the final split."""
         graph, _, state = self.initial_state()
-        state, _ = self.checkpoints.restore(abstract_state(state))
+        if self.checkpoints.latest() is not None or not self.config.init.checkpoint:
+            state, _ = self.checkpoints.restore(abstract_state(state))
         with self.open_log(None) as log:
+            self.say_initial(log)
             self.report(log, graph, state)
 
     def schedule(self) -> Schedule:
@@ -192,7 +210,7 @@ class Session:
         if self.is_main:
             self.draw(evaluation.sets, rankings)
 
-    def draw(self, sets: dict[str, EvaluationSet], rankings: dict[str, Ranking]) -> None:
+    def draw(self, sets: Mapping[str, EvaluationSet], rankings: dict[str, Ranking]) -> None:
         """loss_curves.png and retrieval_<stream>.png."""
         metrics = self.workdir / "metrics.jsonl"
         if metrics.exists() and metrics.stat().st_size:

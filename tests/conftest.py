@@ -21,6 +21,9 @@ import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+# the same program is compiled once: a restarted run, another test, another worker
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for parsed flags
 jaxtyping.install_import_hook(["scl_jax.models", "scl_jax.objectives"], "beartype.beartype")
 

@@ -36,7 +36,9 @@ def frame_major(x):
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def run_pass(case: GoldenCase, pixels, ids, mask, keep=None, replaced=None, image_type=IMAGE_TYPE, layers=False) -> dict:
+def run_pass(
+    case: GoldenCase, pixels, ids, mask, keep=None, replaced=None, image_type=IMAGE_TYPE, layers=False
+) -> dict:
     """All activations of one pass under their recorded names."""
     static = {"image_type": image_type, "layers": layers}
     traced = (case.params, pixels, ids, mask, keep, replaced)
@@ -54,9 +56,7 @@ def activations(model, pixels, ids, mask, keep, replaced, *, image_type: int, la
         x, blocks = model.vision.blocks(x, lambda block, x, _: block(x), return_layers=True)
         out |= {f"vit_block{i}": frame_major(block) for i, block in enumerate(blocks)}
         out["vit_ln_post_before_reorder"] = frame_major(model.vision.norm_post(x))
-        _, texts = model.text.layers(
-            out["text_emb"], lambda layer, x, key: layer(x, mask, key=key), return_layers=True
-        )
+        _, texts = model.text.layers(out["text_emb"], lambda layer, x, key: layer(x, mask, key=key), return_layers=True)
         out |= {f"text_layer{i}": text for i, text in enumerate(texts)}
     out["text_enc"], out["vis_enc"] = model.text(ids, mask), model.vision(pixels, keep, replaced)
     text, image = model.encode_text(ids, mask), model.encode_image(pixels, keep, replaced)
@@ -106,7 +106,6 @@ def test_every_recorded_activation_of_pretraining(tag):
 
 def head_outputs(case: GoldenCase, model, passes: dict) -> dict:
     """Logits, projections and similarities."""
-    masks = case.masks()
     frames = case.batch().pixels.shape[1]
     joint = jnp.concatenate([passes["itm/pool_text"], passes["itm/pool_image"]], axis=-1)
     out = {"itm/logits": model.matching(joint), "mlm/logits": model.masked_language(passes["mlm/text_feats"])}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def _patch_kernel_to_conv(kernel: np.ndarray) -> Arrays:
 
 
 COPY = Transform(lambda t, shape: t[0].reshape(shape), lambda p: [p])
-ROW = Transform(lambda t, shape: t[0].reshape(shape), lambda p: [p[None]])  # (1, D) ↔ (D,)
+ROW = Transform(lambda t, shape: t[0].reshape(shape), lambda p: [p[None]])  # (1, …) ↔ (…)
 TRANSPOSE = Transform(lambda t, shape: t[0].T, lambda p: [np.ascontiguousarray(p.T)])
 CONV = Transform(lambda t, shape: t[0].transpose(2, 3, 1, 0).reshape(shape), _patch_kernel_to_conv)
 FUSED_KERNEL = Transform(
@@ -127,7 +128,7 @@ def vision_rules(torch: str = "vision_transformer.visual") -> list[Rule]:
 def video_rules(torch: str = "vision_transformer.visual") -> list[Rule]:
     """What SCL adds to CLIP's ViT; image weights lack the first, video weights the second."""
     return [
-        Rule((f"{torch}.temporal_embed",), "vision.temporal_embedding"),
+        Rule((f"{torch}.temporal_embed",), "vision.temporal_embedding", ROW),
         Rule((f"{torch}.visual_mask_token",), "vision.mask_embedding", ROW),
     ]
 
@@ -193,6 +194,12 @@ DROPS: list[Drop] = [
 ]
 
 
+@lru_cache(maxsize=None)
+def _torch_shapes(transform: Transform, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the torch tensors that a parameter of `shape` is made of."""
+    return tuple(tensor.shape for tensor in transform.to_torch(np.broadcast_to(np.int8(0), shape)))
+
+
 class ConversionError(ValueError):
     """Weights that do not fit; the message names every key concerned."""
 
@@ -239,18 +246,18 @@ def torch_to_flax(
             else:
                 problems.append(f"missing: {', '.join(missing)} (for {rule.flax})")
             continue
-        shape = shapes[rule.flax][1:] if stacked else shapes[rule.flax]
-        try:
-            layers = [rule.transform.to_flax([np.asarray(tensors[name]) for name in layer], shape) for layer in names]
-        except ValueError as error:
-            found = tuple(tensors[names[0][0]].shape)
-            problems.append(f"shape: {names[0][0]} is {found}, which does not fit {rule.flax} {tuple(shape)} ({error})")
+        shape = tuple(shapes[rule.flax][1:] if stacked else shapes[rule.flax])
+        expected = _torch_shapes(rule.transform, shape) * depth
+        wrong = [
+            f"shape: {name} is {tuple(tensors[name].shape)}, but {rule.flax} needs {needed}"
+            for name, needed in zip([name for layer in names for name in layer], expected, strict=True)
+            if tuple(tensors[name].shape) != needed
+        ]
+        if wrong:
+            problems += wrong
             continue
+        layers = [rule.transform.to_flax([np.asarray(tensors[name]) for name in layer], shape) for layer in names]
         value = np.stack(layers) if stacked else layers[0]
-        if value.shape != tuple(shapes[rule.flax]):
-            found = tuple(tensors[names[0][0]].shape)
-            problems.append(f"shape: {names[0][0]} is {found}, which does not fit {rule.flax} {tuple(shape)}")
-            continue
         parameters[rule.flax] = value
         report.mapped += [name for layer in names for name in layer]
         unused -= {name for layer in names for name in layer}
@@ -259,7 +266,7 @@ def torch_to_flax(
         drop = next((drop for drop in drops if re.fullmatch(drop.torch, name)), None)
         if drop:
             report.dropped[name] = drop.reason
-        elif not any(problem.find(name) >= 0 for problem in problems):
+        elif not any(name in problem for problem in problems):
             problems.append(f"unused: {name} {tuple(tensors[name].shape)}")
     if problems:
         raise ConversionError("the weights do not fit this model:\n  " + "\n  ".join(problems))

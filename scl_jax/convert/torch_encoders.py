@@ -1,4 +1,4 @@
-"""The PyTorch side's sizes and encoders: CLIP's ViT over frames, RoBERTa, and the layers of the fusion encoder.
+"""The PyTorch side's encoders: CLIP's ViT over frames, RoBERTa, and the layers of the fusion encoder.
 
 `torch_model.py` joins them into the model. Attribute names follow the authors' checkpoints, so that a state_dict has
 exactly their names; LayerNorm epsilons differ on purpose (CLIP and RoBERTa 1e-5, fusion 1e-12).
@@ -9,117 +9,16 @@ in all, L text tokens, D width.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from scl_jax.convert.torch_config import SCLConfig
+
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of sRGB in 0 … 1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_ID = 1  # RoBERTa's
-HEADS = {  # head → the first part of its names
-    "contrastive": "cl_temp",
-    "matching": "itm_score",
-    "masked_language": "mlm_score",
-    "vqa": "vqa_classifier",
-    "nlvr2": "nlvr2_classifier",
-    "entailment": "snli_classifier",
-    "rank": "rank_output",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SCLConfig:
-    """Sizes of a model, as in `config.json`; the defaults are the published ones."""
-
-    width: int = 768
-    heads: int = 12  # of text and fusion encoder
-    mlp_width: int = 3072
-    vision_width: int = 768
-    vision_heads: int = 12
-    vision_mlp_width: int = 3072
-    vision_layers: int = 11  # CLIP ViT-B/16 without its last block
-    text_layers: int = 12
-    fusion_layers: int = 6
-    patch_size: int = 16
-    image_size: int = 288  # of the position grid
-    max_frames: int = 0  # temporal rows; 0: none (image weights), they count as zeros
-    mask_vector: bool = True  # the learned patch of the replaced view; video weights of the authors have none
-    vocab_size: int = 50265
-    max_positions: int = 514
-    token_types: int = 2  # 3 for pairs of images (NLVR2)
-    projection_width: int = 512
-    answers: int = 3129  # of visual question answering
-    dropout: float = 0.1
-    initial_temperature: float = 0.07
-    with_heads: tuple[str, ...] = ("contrastive", "matching", "masked_language")
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.with_heads) - set(HEADS))
-        if unknown:
-            raise ValueError(f"with_heads: unknown head {unknown[0]!r}; known are {', '.join(HEADS)}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SCLConfig:
-        """The configuration in a parsed `config.json`; other keys are passed over, none of ours may be missing.
-
-        Raises:
-            ValueError: a key is missing, or a head is unknown.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}: it was not written for scl_jax's PyTorch model")
-        known: dict[str, Any] = {name: values[name] for name in names}
-        known["with_heads"] = tuple(known["with_heads"])
-        return cls(**known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, ready for `json.dumps`."""
-        return dataclasses.asdict(self) | {"with_heads": list(self.with_heads)}
-
-    @classmethod
-    def infer(cls, shapes: Mapping[str, Sequence[int]], head_width: int = 64) -> SCLConfig:
-        """The sizes that the `shapes` of a checkpoint imply; it does not show the width of an attention head."""
-        vision, text = "vision_transformer.visual.", "text_transformer."
-        needed = (vision + "conv1.weight", vision + "positional_embedding", text + "embeddings.word_embeddings.weight")
-        for name in needed:
-            if name not in shapes:
-                raise ValueError(f"not a full SCL model: {name!r} is missing among {len(shapes)} tensors")
-
-        def count(pattern: str) -> int:
-            return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
-        vision_width, _, _, patch = shapes[needed[0]]
-        vocab_size, width = shapes[needed[2]]
-        temporal = shapes.get(vision + "temporal_embed", (1, 0))
-        return cls(
-            width=width,
-            heads=max(1, width // head_width),
-            mlp_width=shapes[text + "encoder.layer.0.intermediate.dense.weight"][0],
-            vision_width=vision_width,
-            vision_heads=max(1, vision_width // head_width),
-            vision_mlp_width=shapes[vision + "transformer.resblocks.0.mlp.c_fc.weight"][0],
-            vision_layers=count(r"vision_transformer\.visual\.transformer\.resblocks\.(\d+)\."),
-            text_layers=count(r"text_transformer\.encoder\.layer\.(\d+)\."),
-            fusion_layers=count(r"cross_modal_text_layers\.(\d+)\."),
-            patch_size=patch,
-            image_size=patch * math.isqrt(shapes[needed[1]][0] - 1),
-            max_frames=temporal[1],
-            mask_vector=vision + "visual_mask_token" in shapes,
-            vocab_size=vocab_size,
-            max_positions=shapes[text + "embeddings.position_embeddings.weight"][0],
-            token_types=shapes["token_type_embeddings.weight"][0],
-            projection_width=shapes.get("vision_proj.3.weight", (cls.projection_width,))[0],
-            answers=shapes.get("vqa_classifier.3.weight", (cls.answers,))[0],
-            with_heads=tuple(head for head, name in HEADS.items() if count(rf"({name})(?:\.|$)")),
-        )
 
 
 class VisionBlock(nn.Module):

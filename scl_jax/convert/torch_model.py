@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from scl_jax.convert.torch_encoders import BertLayer, SCLConfig, TextTransformer, VisionTransformer
+from scl_jax.convert.torch_config import SCLConfig
+from scl_jax.convert.torch_encoders import BertLayer, TextTransformer, VisionTransformer
 
 COMPLETION_TEMPERATURE = 0.03
 WEIGHTS = {  # of the pre-training objectives in the total loss

@@ -23,6 +23,7 @@ from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training.sharding import global_batch
 from scl_jax.types import Batch, LossSum
 
+
 class PretrainingEvaluation:
     """Evaluates parameters on the sets of each stream; compiled functions and captions are kept between calls.
 
@@ -46,7 +47,7 @@ class PretrainingEvaluation:
         self._mesh = mesh
         self._batch_size, self._rerank = batch_size, rerank
         # accuracy is told on evenly drawn negatives, whatever training uses, so that runs compare
-        task = dataclasses.replace(task, masks=dataclasses.replace(task.masks, hard_negatives=False))
+        task = dataclasses.replace(task, masks=dataclasses.replace(task.masks, hard_negatives=0.0))
         self._key = named_key(jax.random.key(seed), "evaluation")
 
         def encode_items(params: Params, pixels) -> tuple[Float[Array, "B E"], Float[Array, "B N D"]]:
@@ -119,7 +120,9 @@ class PretrainingEvaluation:
             item="image" if stream == "images" else "video",
         )
 
-    def _encode(self, params: Params, batches, fields: tuple[str, ...], encode: Any, also: str = "") -> list[np.ndarray]:
+    def _encode(
+        self, params: Params, batches, fields: tuple[str, ...], encode: Any, also: str = ""
+    ) -> list[np.ndarray]:
         """All rows of weight 1 of what `encode` gives for the named fields (and the field `also` itself)."""
         parts: list[tuple[np.ndarray, ...]] = []
         for arrays in batches:

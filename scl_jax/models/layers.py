@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 BERT_INIT = nnx.initializers.normal(0.02)
 
@@ -127,6 +127,7 @@ class Projection(nnx.LinearGeneral):
 
 
 def merge_heads(x: Float[Array, "... H d"]) -> Float[Array, "... D"]:
+    """(…, H, d) → (…, H·d)."""
     return x.reshape(*x.shape[:-2], -1)
 
 
@@ -194,7 +195,8 @@ class PostNormAttention(nnx.Module):
         if not self.cross:
             query, key, value = self.qkv(x)
             return query, key, value
-        return self.query(x)[0], *self.key_value(context)
+        (query,), (key, value) = self.query(x), self.key_value(x if context is None else context)
+        return query, key, value
 
     def __call__(self, x, context, key_mask, key) -> Float[Array, "B Q D"]:
         attention_key, residual_key = split_key(key, 2)
@@ -248,7 +250,7 @@ class Stack(nnx.Module):
         def make(rngs: nnx.Rngs):
             return make_layer(rngs)
 
-        self.each = make(rngs)
+        self.each: Any = make(rngs)
         self.depth = depth
         self.remat = remat
 
@@ -274,6 +276,6 @@ class Stack(nnx.Module):
         return (x, layers) if return_layers else x
 
 
-def gather_tokens(x: Float[Array, "... N D"], index: Array) -> Float[Array, "... S D"]:
+def gather_tokens(x: Shaped[Array, "... N D"], index: Int[Array, "... S"]) -> Shaped[Array, "... S D"]:
     """Rows `index` (..., S) of `x`, sample by sample."""
     return jnp.take_along_axis(x, index[..., None], axis=-2)

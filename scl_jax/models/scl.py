@@ -1,6 +1,7 @@
 """The whole network: vision encoder, text encoder, fusion encoder and the pre-training heads.
 
-Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D fusion width, E contrastive width.
+Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D fusion width, E contrastive
+width, S kept patches, P patches of a frame.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision encoder; `image_size` (pixels) is that of the position table, `max_frames` its temporal rows."""
+    """Sizes of the vision encoder; `image_size` (pixels) is the position table's, `max_frames` counts temporal rows."""
 
     width: int = 768
     layers: int = 11

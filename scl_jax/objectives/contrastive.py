@@ -22,8 +22,8 @@ def info_nce(
     """InfoNCE of matched unit vectors, the *sum* of both directions; rows of weight 0 are neither anchor nor negative.
 
     Returns:
-        Σ_i weight_i · (-log softmax_row(S/t)_ii - log softmax_column(S/t)_ii) and Σ_i weight_i, with S = anchors · targetsᵀ
-        within each group.
+        Σ_i weight_i · (-log softmax_row(S/t)_ii - log softmax_column(S/t)_ii) and Σ_i weight_i, where S is
+        anchors · targetsᵀ within each group.
     """
     similarity = jnp.einsum("...be,...ce->...bc", anchors, targets, precision=jax.lax.Precision.HIGHEST)
     logits = similarity / temperature

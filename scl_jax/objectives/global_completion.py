@@ -30,10 +30,10 @@ def global_vision_loss(
     weight: Float[Array, " B"],
     norm_over_frames: bool = False,
 ) -> LossSum:
-    """InfoNCE over the whole batch between image globals of {dropped image, full text} and {full image, masked text}.
+    """InfoNCE over the batch between image globals of {dropped image, full text} and {full image, masked text}.
 
-    Computed for each frame's [CLS] and averaged. `norm_over_frames` reproduces the reference, which divides clips by the norm
-    over the frame axis, so that its similarities are no cosines (METHOD section 8, item 3).
+    Computed for each frame's [CLS] and averaged. `norm_over_frames` reproduces the reference, which divides clips by
+    the norm over the frame axis, so that its similarities are no cosines (METHOD section 8, item 3).
     """
     axis = 1 if norm_over_frames and anchors.shape[1] > 1 else -1  # an image is normalised properly there too
     x = jnp.swapaxes(unit(anchors, axis), 0, 1)  # (F, B, D)

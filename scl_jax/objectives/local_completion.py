@@ -43,7 +43,7 @@ def local_vision_loss(
     temperature: float,
     groups: int,
 ) -> LossSum:
-    """InfoNCE among the replaced patches of one frame index of each group; every patch of every frame weighs the same."""
+    """InfoNCE among the replaced patches of one frame index of each group; every patch weighs the same."""
     b, f, r, d = anchors.shape
 
     def grouped(x):  # (B, F, R, D) → (G, F, B/G · R, D)

@@ -69,7 +69,7 @@ class MaskSpec:
     language_ratio: float = 0.15
     text_ratio: float = 0.4
     group_size: int = 16
-    hard_negatives: bool = False  # matching draws the other image by contrastive similarity instead of evenly
+    hard_negatives: float = 0.0  # share of matching's other images drawn by contrastive similarity, not evenly
 
 
 @flax.struct.dataclass
@@ -87,7 +87,9 @@ class Masks:
     completion_valid: Bool[Array, "B T"]
     partner: Int[Array, " B"]  # whose image a text is matched with, in its group
     is_pair: Bool[Array, " B"]  # whether that is its own
-    partner_noise: Float[Array, "B size"] | None = None  # Gumbel noise, -inf where no partner, for hard negatives
+    # for hard negatives: which rows draw their partner by similarity, and Gumbel noise (-inf where no partner)
+    hard: Bool[Array, " B"] | None = None
+    partner_noise: Float[Array, "B size"] | None = None
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
@@ -115,7 +117,7 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
     language_ids = corrupt(named_key(key, "language_ids"), batch.token_ids, language_slots, language_valid, spec)
     slots, valid = draw_completion_tokens(named_key(key, "completion"), batch.word_ids, spec.text_ratio)
     is_pair, partner, noise = draw_partners(named_key(key, "matching"), batch.item_id, batch.weight, spec.group_size)
-    return Masks(
+    masks = Masks(
         keep=keep,
         replaced=replaced,
         replaced_slots=replaced_slots,
@@ -127,8 +129,11 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
         completion_valid=valid,
         partner=partner,
         is_pair=is_pair,
-        partner_noise=noise if spec.hard_negatives else None,
     )
+    if not spec.hard_negatives:
+        return masks
+    hard = jax.random.uniform(named_key(key, "hard_negatives"), is_pair.shape) < spec.hard_negatives
+    return dataclasses.replace(masks, hard=hard, partner_noise=noise)
 
 
 def draw_kept_patches(key: Key[Array, ""], batch: int, patches: int, drop_ratio: float) -> Int[Array, "B S"]:
@@ -232,14 +237,15 @@ def draw_partners(
 def harden_partners(
     masks: Masks, text: Float[Array, "B E"], image: Float[Array, "B E"], temperature: Float[Array, ""]
 ) -> Masks:
-    """Partners drawn in proportion to exp(cos(text, image) / temperature) within the group; `is_pair` stays."""
-    if masks.partner_noise is None:
+    """Hard rows draw their partner in proportion to exp(cos(text, image) / temperature); `is_pair` stays."""
+    if masks.hard is None or masks.partner_noise is None:
         return masks
     size = masks.partner_noise.shape[1]
     texts, images = (unit(jax.lax.stop_gradient(x)).reshape(-1, size, x.shape[-1]) for x in (text, image))
     logits = jnp.einsum("gte,gie->gti", texts, images) / jax.lax.stop_gradient(temperature)
     hardest = jnp.argmax(masks.partner_noise + logits.reshape(-1, size), axis=1)
-    return masks.replace(partner=jnp.where(masks.is_pair, masks.partner, hardest))
+    hard = masks.hard & ~masks.is_pair
+    return dataclasses.replace(masks, partner=jnp.where(hard, hardest, masks.partner))
 
 
 def interleave(views: list[Array]) -> Array:

@@ -1,8 +1,8 @@
 """Checkpoints: model, optimizer and place in the data in one Orbax save, asynchronous; the newest and the best kept.
 
-    <workdir>/checkpoints/<step>/state/      the TrainState, sharded
-    <workdir>/checkpoints/<step>/progress/   JSON: the data iterator and the metrics since the last line of the log
-    <workdir>/checkpoints/<step>/metrics/    the evaluation at that step, where there was one
+<workdir>/checkpoints/<step>/state/      the TrainState, sharded
+<workdir>/checkpoints/<step>/progress/   JSON: the data iterator and the metrics since the last line of the log
+<workdir>/checkpoints/<step>/metrics/    the evaluation at that step, where there was one
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
         )

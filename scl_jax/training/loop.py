@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
 from scl_jax.training.sharding import global_batch
 from scl_jax.training.state import TrainState
@@ -36,9 +37,11 @@ class Schedule:
     profile: tuple[int, int] = (0, 0)
 
     def evaluates(self, step: int) -> bool:
+        """Whether step number `step` is followed by an evaluation."""
         return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
 
     def saves(self, step: int) -> bool:
+        """Whether step number `step` is followed by a checkpoint."""
         return step % self.checkpoint_every == 0 or step == self.steps or self.evaluates(step)
 
 
@@ -53,9 +56,11 @@ class Window:
         self._waiting: list[tuple[str, dict[str, Any]]] = []
 
     def add(self, stream: str, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of one step, still on the device."""
         self._waiting.append((stream, metrics))
 
     def state(self) -> dict[str, list[float]]:
+        """Sum and count of every metric, named "loss/<stream>/<objective>"."""
         for stream, metrics in self._waiting:
             for name, value in jax.device_get(metrics).items():
                 kind, _, rest = name.partition("/")
@@ -116,24 +121,41 @@ class StopRequest:
 
 
 class Speed:
-    """Examples per second and the share of time spent waiting for data, since the last line of the log."""
+    """Examples per second, share of time spent waiting for data, and MFU where the device's peak is known.
 
-    def __init__(self, feed: Feed):
-        self._feed = feed
+    All since the last line of the log.
+    """
+
+    def __init__(self, feed: Feed, step_function: Callable, mesh: Mesh):
+        self._feed, self._step_function = feed, step_function
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = peak * mesh.devices.size if peak else None
+        self._flops_of: dict[Any, float] = {}
         self.reset()
 
     def reset(self) -> None:
-        self._start, self._waited, self._examples, self.flops = time.perf_counter(), self._feed.waited, 0, 0.0
+        """Starts a new line of the log."""
+        self._start, self._waited, self._examples, self._flops = time.perf_counter(), self._feed.waited, 0, 0.0
 
-    def add(self, batch: Batch) -> None:
+    def add(self, state: TrainState, batch: Batch, active: tuple[str, ...]) -> None:
+        """A step was dispatched."""
         self._examples += batch.weight.shape[0]
+        if self._peak:
+            kind = (batch.pixels.shape, active)
+            if kind not in self._flops_of:
+                shapes = jax.eval_shape(lambda *xs: xs, state, batch)
+                self._flops_of[kind] = count_flops(self._step_function, *shapes, active, static_argnums=(2,))
+            self._flops += self._flops_of[kind]
 
     def read(self) -> dict[str, float]:
+        """The numbers of this line; starts a new one."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         read = {
             "speed/examples_per_second": self._examples / seconds,
             "speed/data_wait": (self._feed.waited - self._waited) / seconds,
         }
+        if self._peak:
+            read["speed/mfu"] = self._flops / seconds / self._peak
         self.reset()
         return read
 
@@ -162,7 +184,7 @@ def train(
         The last state, and whether training is complete (False after SIGTERM: saved, to be continued).
     """
     feed = Feed(iterator, mesh)
-    speed = Speed(feed)
+    speed = Speed(feed, step_function, mesh)
     number = int(state.step)
     in_flight: list[Any] = []
     with StopRequest() as stop:
@@ -173,7 +195,7 @@ def train(
             state, metrics = step_function(state, batch, task.active(number))
             number += 1
             window.add(stream, metrics)
-            speed.add(batch)
+            speed.add(state, batch, task.active(number - 1))
             in_flight.append(metrics["loss/total"])
             if number < schedule.steps:
                 feed.fetch()
@@ -197,4 +219,3 @@ def train(
                 break
     checkpoints.wait()
     return state, number >= schedule.steps
-

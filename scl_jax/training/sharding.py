@@ -47,7 +47,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
         sizes[sizes.index(-1)] = len(devices) // int(np.prod([size for size in sizes if size != -1]))
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         wanted = f"data={data}, fsdp={fsdp}, tensor={tensor}"
-        raise ValueError(f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be their number")
+        raise ValueError(
+            f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be their number"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -74,7 +76,7 @@ def shard_params(shapes: Params, mesh: Mesh) -> Params:
 
 
 def shard_optimizer(tx: optax.GradientTransformation, shapes: Params, mesh: Mesh) -> Any:
-    """Shardings of the optimizer state: moments lie as their parameters do (`jit(tx.init)` alone would replicate them)."""
+    """Shardings of the optimizer state: moments lie as their parameters do (`jit(tx.init)` would replicate them)."""
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree.map_params(
         tx,
@@ -91,6 +93,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

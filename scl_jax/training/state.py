@@ -49,7 +49,6 @@ def init_state(
 
 def state_shardings(tx: optax.GradientTransformation, shapes: Params, mesh: Mesh, with_ema: bool) -> TrainState:
     """The sharding of every leaf of a state."""
-    layout = sharding.shard_params(shapes, mesh)
-    return TrainState(
-        sharding.replicated(mesh), layout, sharding.shard_optimizer(tx, shapes, mesh), layout if with_ema else None
-    )
+    layout: Any = sharding.shard_params(shapes, mesh)
+    step: Any = sharding.replicated(mesh)
+    return TrainState(step, layout, sharding.shard_optimizer(tx, shapes, mesh), layout if with_ema else None)

@@ -9,6 +9,7 @@ Axes: B batch, A micro-batches, G samples of a group.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def whole_batch_gradient(
     def total(params):
         outputs = task.features(parameters.merge(graph, params), batch, masks, active, key)
         losses = outputs.losses | task.whole_batch_losses(outputs.whole_batch)
-        return weighted_total(losses, weights), outputs.replace(losses=losses)
+        return weighted_total(losses, weights), dataclasses.replace(outputs, losses=losses)
 
     return jax.grad(total, has_aux=True)(params)
 
@@ -130,13 +131,14 @@ def make_step(
         else:
             gradient, outputs = accumulated_gradient(*arguments, accumulate)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = task.constrain(optax.apply_updates(state.params, updates))
+        params: Any = optax.apply_updates(state.params, updates)
+        params = task.constrain(params)
         average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}
         metrics["loss/total"] = weighted_total(outputs.losses, weights)
         metrics["gradient_norm"] = optax.global_norm(gradient)
-        metrics["learning_rate"] = schedule(state.step)
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         metrics["temperature"] = params["contrastive"]["temperature"]
         return TrainState(state.step + 1, params, opt_state, average), metrics
 

@@ -143,6 +143,7 @@ def _newest_version(folder: Path) -> Path | None:
 
 
 def builder_module(builder_name: str) -> Any:
+    """The file of this folder that makes a data set; ValueError with the known names for another."""
     try:
         return importlib.import_module(f"{__name__}.{builder_name}")
     except ModuleNotFoundError as error:

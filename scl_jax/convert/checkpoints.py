@@ -1,0 +1,107 @@
+"""Parameters alone in the layout of a training run: <folder>/config.json and <folder>/checkpoints/<step>/state."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from scl_jax.models import parameters
+from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.state import TrainState
+
+_HEADROOM = 1.1  # disk space wanted, as a multiple of the weights
+
+
+def is_run(path: Path) -> bool:
+    """Does the folder hold checkpoints of this library?"""
+    return any(path.glob("checkpoints/[0-9]*"))
+
+
+def write_parameters(folder: Path, flat: Mapping[str, np.ndarray]) -> None:
+    """Writes <folder>/checkpoints/0 with these parameters and no optimizer state."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    params: Any = parameters.unflatten(flat)
+    checkpoints.save(0, TrainState(np.zeros([], np.int32), params, ()), {})  # type: ignore[arg-type]
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def read_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """The parameters (their running average where there is one) of a step, the newest by default, and that step.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    steps = sorted(int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        there = f"it holds the steps {', '.join(map(str, steps))}" if steps else "there is no checkpoint in it"
+        raise FileNotFoundError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+    step = steps[-1] if step is None else step
+    state = folder.absolute() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        metadata: Any = reader.metadata(state).item_metadata
+        part = "ema" if metadata["ema"] else "params"
+        wanted = {part: metadata[part]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        options = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        restored = reader.restore(state, args=options)
+    return parameters.flatten(restored[part]), step
+
+
+def checksum(flat: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, shapes and bytes: equal for equal parameters, whatever file they came from."""
+    digest = hashlib.sha256()
+    for path in sorted(flat):
+        value = np.ascontiguousarray(flat[path])
+        digest.update(f"{path} {value.shape} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for a target that is there, unless it may be overwritten."""
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists: choose another target, or give --overwrite")
+
+
+@contextlib.contextmanager
+def beside(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
+    """A fresh folder beside `target` that takes its place at the end; nothing is left behind after an error.
+
+    Args:
+        size: bytes that will be written, about.
+
+    Raises:
+        FileExistsError: there is a target, and it may not be overwritten.
+        OSError: not enough space, or the writing failed.
+    """
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < size * _HEADROOM:
+        raise OSError(f"{target}: {size / 2**20:.0f} MiB are to be written, but the disk has {free / 2**20:.0f} MiB left")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except (OSError, jax.errors.JaxRuntimeError) as error:
+        raise OSError(f"{target}: could not be written ({error}); nothing was left") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():  # the second rename failed
+            old.rename(target)

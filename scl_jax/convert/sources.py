@@ -1,0 +1,103 @@
+"""Where weights come from and go to: paths, or names on the Hugging Face hub; and float32 without NaNs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scl_jax.convert.rules import ConversionError
+from scl_jax.convert.torch_files import read_tensors
+
+HUB = "hub:"
+_NAME = r"[\w.-]+(/[\w.-]+)?"
+# what the encoders were trained with and this model computes with
+CLIP_SETTINGS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+ROBERTA_SETTINGS = {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
+
+
+def locate(source: str) -> Path:
+    """The path itself, or the downloaded folder of `hub:owner/name` (or of a name, where there is no such path).
+
+    Raises:
+        FileNotFoundError: there is no such path, and it is not to be had from the hub.
+    """
+    path = Path(source).expanduser()
+    if not source.startswith(HUB) and (path.exists() or not re.fullmatch(_NAME, source)):
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    name = source.removeprefix(HUB)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        if not any(folder.glob("*.safetensors")):  # older repositories
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "pytorch_model*.bin"]))
+        return folder
+    except (OSError, HFValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{source}: no such path, and not to be had from the hub ({reason})") from error
+
+
+def upload(folder: Path, target: str, overwrite: bool) -> str:
+    """Puts a folder on the hub as `hub:owner/name` and returns its address.
+
+    Raises:
+        FileExistsError: the repository is there already, and `overwrite` is not given.
+    """
+    from huggingface_hub import HfApi
+
+    api, name = HfApi(), target.removeprefix(HUB)
+    if api.repo_exists(name) and not overwrite:
+        raise FileExistsError(f"{target} exists on the hub: choose another name, or give --overwrite")
+    api.create_repo(name, exist_ok=True)
+    return str(api.upload_folder(repo_id=name, folder_path=folder))
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file or folder; floats of any width as float32, everything else as it is."""
+    return {name: _float32(value) for name, value in read_tensors(path).items()}
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    is_float = value.dtype.kind == "f" or value.dtype.name.startswith(("bfloat", "float8"))
+    return value.astype(np.float32) if is_float and value.dtype != np.float32 else value
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], names: list[str], where: Path | str) -> None:
+    """Raises ConversionError naming every tensor among `names` that holds NaN or infinity, or no floats."""
+    bad = [name for name in names if tensors[name].dtype != np.float32 or not np.isfinite(tensors[name]).all()]
+    if bad:
+        kinds = [f"{name} ({_trouble(tensors[name])})" for name in bad]
+        raise ConversionError(f"{where}: weights that cannot be used: " + ", ".join(kinds))
+
+
+def _trouble(value: np.ndarray) -> str:
+    if value.dtype != np.float32:
+        return f"of type {value.dtype}, not floats"
+    return f"{int(np.isnan(value).sum())} NaN, {int(np.isinf(value).sum())} infinite of {value.size} numbers"
+
+
+def check_settings(path: Path, expected: Mapping[str, Any]) -> None:
+    """Looks into a folder's config.json, where there is one: a network of another activation or epsilon is an error.
+
+    Raises:
+        ConversionError: names the setting.
+    """
+    file = path / "config.json"
+    if not path.is_dir() or not file.exists():
+        return
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    settings = settings.get("vision_config") or settings
+    for name, value in expected.items():
+        if settings.get(name, value) != value:
+            raise ConversionError(f"{file}: {name} is {settings[name]!r}, but this model computes with {value!r}")

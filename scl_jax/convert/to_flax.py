@@ -1,0 +1,103 @@
+"""PyTorch → Orbax: a file or folder under the reference's names becomes a folder that training starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from scl_jax.config import default_config
+from scl_jax.convert.adapt import fit
+from scl_jax.convert.checkpoints import beside, check_target, checksum, write_parameters
+from scl_jax.convert.full_model import model_shapes, read_model
+from scl_jax.convert.rules import Report
+from scl_jax.convert.sources import check_finite, read_weights
+from scl_jax.convert.summary import Summary
+from scl_jax.convert.torch_config import SCLConfig
+
+INITIALISED = {
+    "vision.temporal_embedding": "zeros (weights for images have no temporal rows)",
+    "vision.mask_embedding": "drawn at random (weights for video have no mask vector); train it before you rely on it",
+}
+
+
+def config_of(sizes: SCLConfig, tokenizer: str) -> ConfigDict:
+    """The default config with the model's sizes: what a run needs to take these weights up."""
+    config = default_config()
+    m, s = config.model, sizes
+    m.vision.update(
+        width=s.vision_width, layers=s.vision_layers, heads=s.vision_heads, mlp_width=s.vision_mlp_width,
+        patch_size=s.patch_size, image_size=s.image_size, max_frames=s.max_frames,
+    )  # fmt: skip
+    m.text.update(
+        width=s.width, layers=s.text_layers, heads=s.heads, mlp_width=s.mlp_width, vocab_size=s.vocab_size,
+        max_positions=s.max_positions,
+    )  # fmt: skip
+    m.fusion.update(width=s.width, layers=s.fusion_layers, heads=s.heads, mlp_width=s.mlp_width)
+    m.projection_width = s.projection_width
+    config.data.tokenizer = tokenizer
+    config.data.images.image_size = s.image_size
+    return config
+
+
+def read_torch(
+    path: Path, heads: int = 0, vision_heads: int = 0
+) -> tuple[dict[str, np.ndarray], SCLConfig, Report]:
+    """A full model from a torch file or folder, float32 and finite; sizes from its shapes, or the folder's config.json."""
+    tensors = read_weights(path)
+    file = path / "config.json"
+    if path.is_dir() and file.exists():  # written by this command: it knows the heads
+        settings = json.loads(file.read_text())
+        if "vision_heads" in settings:
+            sizes = SCLConfig.from_dict(settings)
+            heads, vision_heads = heads or sizes.heads, vision_heads or sizes.vision_heads
+    flat, sizes, report = read_model(tensors, heads, vision_heads)
+    check_finite(tensors, report.mapped, path)
+    return flat, sizes, report
+
+
+def to_flax(
+    path: Path,
+    target: Path,
+    *,
+    heads: int = 0,
+    vision_heads: int = 0,
+    image_size: int = 0,
+    frames: int = 0,
+    tokenizer: str = "",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> Summary:
+    """Converts a torch file or folder and writes <target>/config.json and <target>/checkpoints/0.
+
+    Args:
+        heads, vision_heads: of attention; 0: those in the folder's config.json, or width / 64.
+        image_size, frames: resize the position table for images of this side (pixels), and the temporal rows; 0: keep.
+        tokenizer: written into the config; empty: the tokenizer in the source folder, or roberta-base.
+
+    Raises:
+        ConversionError, TorchFileError, FileExistsError, OSError: with the key or file concerned; nothing is written.
+    """
+    if not dry_run:
+        check_target(target, overwrite)
+    flat, sizes, report = read_torch(path, heads, vision_heads)
+    changes = {"image_size": image_size or sizes.image_size, "max_frames": frames or sizes.max_frames}
+    sizes = SCLConfig(**{**sizes.__dict__, **changes})
+    flat, resized = fit(flat, model_shapes(sizes))
+    summary = Summary(
+        str(path), str(target), len(report.mapped), sum(x.size for x in flat.values()), resized, report.dropped,
+        [f"{name}: {INITIALISED[name]}" for name in report.untouched], checksum(flat),
+    )  # fmt: skip
+    for line in summary.lines():
+        say(line)
+    if not dry_run:
+        has_own = path.is_dir() and (path / "tokenizer.json").exists()
+        config = config_of(sizes, tokenizer or (str(path.absolute()) if has_own else "roberta-base"))
+        with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
+            write_parameters(folder, flat)
+            (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    return summary

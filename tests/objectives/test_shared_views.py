@@ -1,0 +1,102 @@
+"""Views encoded once give the losses and gradients of each objective encoding its own (dropout off), to 1e-5."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from scl_jax.models import parameters
+from scl_jax.models.fusion import FusionConfig
+from scl_jax.models.scl import SCL, SCLConfig
+from scl_jax.models.text import TextConfig
+from scl_jax.models.vision import VisionConfig
+from scl_jax.objectives.views import OBJECTIVES, MaskSpec
+from scl_jax.tasks.pretrain import Pretraining, Ramp
+from scl_jax.types import Batch
+
+B, FRAMES, PIXELS, L, VOCAB = 4, 2, 32, 12, 60
+WEIGHTS = dict(zip(OBJECTIVES, (0.5, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2), strict=True))
+TASK = Pretraining(
+    ramps={name: Ramp(weight) for name, weight in WEIGHTS.items()},
+    masks=MaskSpec(VOCAB, mask_id=4, drop_ratio=0.5, group_size=2),
+    patch_size=8,
+    global_temperature=dict.fromkeys(("global_vision", "global_text"), 0.3),
+    local_temperature=dict.fromkeys(("local_vision", "local_text"), 0.3),
+)
+
+
+@lru_cache
+def network():
+    sizes = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
+    config = SCLConfig(
+        vision=VisionConfig(**sizes, patch_size=8, image_size=PIXELS, max_frames=FRAMES),
+        text=TextConfig(**sizes, vocab_size=VOCAB, max_positions=L + 2),
+        fusion=FusionConfig(**sizes),
+        projection_width=8,
+    )
+    return parameters.split(SCL(config, nnx.Rngs(0)))
+
+
+def make_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    lengths, position = np.array([12, 9, 5, 3])[:, None], np.arange(L)[None]
+    inside = (position > 0) & (position < lengths - 1)
+    ids = np.where(inside, rng.integers(5, VOCAB, (B, L)), np.where(position >= lengths, 1, 2 * (position > 0)))
+    return Batch(
+        pixels=jnp.asarray(rng.normal(size=(B, FRAMES, PIXELS, PIXELS, 3)), jnp.float32),
+        token_ids=jnp.asarray(ids),
+        token_mask=jnp.asarray(position < lengths),
+        word_ids=jnp.asarray(np.where(inside, (position - 1) // 2, -1)),
+        weight=jnp.ones(B),
+        item_id=jnp.arange(B),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def gradient_of(active: tuple[str, ...], params):
+    """(gradient of Σ weight · loss over the active objectives, their losses)."""
+    graph, _ = network()
+    batch = make_batch()
+    masks = TASK.draw_masks(batch, jax.random.key(0))
+
+    def total(params):
+        outputs = TASK.features(parameters.merge(graph, params), batch, masks, active, None)
+        losses = outputs.losses | TASK.whole_batch_losses(outputs.whole_batch)
+        means = {name: loss.mean() for name, loss in losses.items()}
+        return sum((WEIGHTS[name] * mean for name, mean in means.items()), jnp.zeros([])), means
+
+    return jax.grad(total, has_aux=True)(params)
+
+
+@lru_cache
+def computed(active: tuple[str, ...]):
+    gradient, losses = gradient_of(active, network()[1])
+    return jax.tree.map(np.asarray, gradient), {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_has_the_same_loss_alone_as_among_all(name):
+    _, together = computed(OBJECTIVES)
+    _, alone = computed((name,))
+    assert set(alone) == {name}
+    assert alone[name] > 0
+    assert alone[name] == pytest.approx(together[name], abs=1e-5)
+
+
+def test_the_gradients_of_the_objectives_alone_add_up_to_that_of_all():
+    together, losses = computed(OBJECTIVES)
+    assert set(losses) == set(OBJECTIVES)
+    alone = jax.tree.map(lambda *parts: sum(parts), *(computed((name,))[0] for name in OBJECTIVES))
+    for path, expected in parameters.flatten(alone).items():
+        np.testing.assert_allclose(parameters.flatten(together)[path], expected, atol=1e-5, err_msg=path)
+
+
+def test_every_parameter_learns_from_the_seven_objectives():
+    gradient, _ = computed(OBJECTIVES)
+    still = [path for path, x in parameters.flatten(gradient).items() if not np.abs(x).max() > 0]
+    assert still == []

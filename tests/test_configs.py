@@ -1,0 +1,121 @@
+"""Every config in configs/ passes its checks, and its network and training step can be built; only shapes, no numbers."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from scl_jax import build
+from scl_jax.config import ConfigError, active_streams, check, finalize
+from scl_jax.data import builders
+from scl_jax.models import parameters
+from scl_jax.objectives.views import OBJECTIVES
+from scl_jax.training.state import TrainState
+from scl_jax.training.step import make_step
+from scl_jax.types import Batch
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
+PAPER = ("pretrain_image", "pretrain_video", "pretrain_joint", "pretrain_large")
+ROBERTA_VOCAB = 50265
+ROWS = 32  # of a batch; the step is the same function at every size
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def finalized(name):
+    config = load(name).get_config()
+    return finalize(config, config.model.text.vocab_size or 1000)
+
+
+def parameter_count(name):
+    return parameters.count(parameters.abstract(build.model_maker(finalized(name)))[1])
+
+
+def abstract_batch(config, stream, rows=ROWS):
+    s, length = config.data[stream], config.data.text_length
+    text = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    return Batch(
+        pixels=jax.ShapeDtypeStruct((rows, s.frames, s.image_size, s.image_size, 3), jnp.uint8),
+        token_ids=text,
+        token_mask=jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        word_ids=text,
+        weight=jax.ShapeDtypeStruct((rows,), jnp.float32),
+        item_id=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_opens_with_its_run_command(name):
+    assert f"python -m scl_jax.main --config=configs/{name}.py --workdir=runs/" in load(name).__doc__.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_passes_its_checks_on_the_devices_it_is_for(name):
+    config = finalized(name)
+    for devices in (8, 256) if name in PAPER else (1, 8):
+        check(config, config.model.text.vocab_size, devices=devices)
+    assert config.evaluate.every % config.log.every == 0
+    assert config.train.checkpoint_every % config.log.every == 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
+    config = finalized(name)
+    task = build.pretraining(config, mask_id=4)
+    assert task.active(config.train.steps) == OBJECTIVES
+    graph, params = parameters.abstract(build.model_maker(config))
+    tx = build.optimizer_maker(config)(params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    step = make_step(
+        task,
+        graph,
+        tx,
+        build.schedule(config),
+        seed=0,
+        accumulate=config.train.accumulate,
+        dropout=config.model.dropout > 0,
+    )
+    assert active_streams(config)
+    for stream in active_streams(config):
+        after, metrics = jax.eval_shape(lambda s, b: step(s, b, OBJECTIVES), state, abstract_batch(config, stream))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after.params) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), params
+        )
+        assert {f"loss/{objective}" for objective in OBJECTIVES} <= set(metrics)
+        assert all(value.shape == () for value in metrics.values())
+
+
+def test_the_papers_network_has_its_size():
+    """CLIP ViT-B/16 without its last block, RoBERTa-base, six co-attention layers, and the heads."""
+    assert parameter_count("pretrain_image") == 359_877_724
+    assert parameter_count("pretrain_joint") == parameter_count("pretrain_image")
+    smaller_grid = (18**2 - 14**2) * 768  # rows of the position table
+    assert parameter_count("pretrain_image") - parameter_count("pretrain_video") == smaller_grid
+
+
+def test_a_larger_network_is_a_matter_of_configuration():
+    assert parameter_count("pretrain_large") == 906_721_372
+
+
+def test_a_resolution_that_patches_do_not_divide_is_named():
+    config = load("pretrain_large").get_config()
+    config.data.images.image_size = 288
+    with pytest.raises(ConfigError, match="image_size 288 does not divide by model.vision.patch_size 14"):
+        check(config, ROBERTA_VOCAB, devices=8)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_data_set_that_is_not_prepared_is_an_error_that_says_how_to(name, tmp_path):
+    config = finalized(name)
+    for stream in active_streams(config):
+        for dataset in config.data[stream].datasets:
+            with pytest.raises(FileNotFoundError, match=f"{dataset}: no prepared shards .* prepare them with `python"):
+                builders.open_source(dataset, "train", tmp_path)

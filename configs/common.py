@@ -12,6 +12,7 @@ VIDEO_SETS = ("webvid/captions",)
 def paper() -> ConfigDict:
     """ViT-B/16, RoBERTa-base and six fusion layers with the paper's optimizer, for many devices; no data sets yet."""
     config = default_config()
+    config.init.update(vision="openai/clip-vit-base-patch16", text="roberta-base")  # hub names, or folders
     config.model.remat = "full"  # at 16 samples a chip, activations alone would be larger than a small chip's memory
     config.optimizer.update(learning_rate=2e-5, weight_decay=0.01, warmup=0.1, decay="linear")
     config.train.steps = 100_000

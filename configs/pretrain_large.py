@@ -13,6 +13,7 @@ def get_config():
     config.model.vision.update(**large, layers=23, patch_size=14, image_size=336)  # 24 blocks, the last one dropped
     config.model.text.update(**large, layers=24)
     config.model.fusion.update(**large)
+    config.init.update(vision="openai/clip-vit-large-patch14-336", text="roberta-large")
     config.mesh.fsdp = 8
     config.data.images.update(datasets=IMAGE_SETS, batch_size=4096, image_size=336)
     return config

@@ -20,21 +20,21 @@ def get_config():
     data = config.data
     data.tokenizer = ""
     data.update(text_length=32, threads=2, prefetch=4)
-    data.images.update(datasets=("toy_world/images",), batch_size=64, share=0.75, image_size=96)
-    data.videos.update(datasets=("toy_world/videos",), batch_size=32, share=0.25, image_size=80, frames=4)
+    data.images.update(datasets=("toy_world/images",), batch_size=64, share=0.8, image_size=96)
+    data.videos.update(datasets=("toy_world/videos",), batch_size=32, share=0.2, image_size=80, frames=4)
     for stream in (data.images, data.videos):
         stream.update(crop_scale=(1.0, 1.0), flip="never")  # positions and motion are what captions tell
 
     objectives = config.objectives
     for name in ("matching", "masked_language"):
-        objectives[name].update(start=1500, ramp=100)
+        objectives[name].update(start=1800, ramp=100)
     objectives.matching.hard_negatives = 0.5  # random scenes alone are too easy to tell apart
     for name in ("global_vision", "global_text", "local_vision", "local_text"):
-        objectives[name].update(start=1900, ramp=100)
+        objectives[name].update(start=2300, ramp=100)
         objectives[name].weight *= 0.1
 
     config.optimizer.update(learning_rate=2e-3, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
-    config.train.update(steps=2100, checkpoint_every=300)
+    config.train.update(steps=2400, checkpoint_every=300)
     config.evaluate.update(every=0, batch_size=64, rerank=20)
     config.log.every = 25
     return config

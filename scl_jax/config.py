@@ -7,6 +7,7 @@ everything that cannot work, all at once, before anything is compiled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,7 +164,7 @@ def _train() -> ConfigDict:
         {
             "steps": 100_000,
             "accumulate": 1,  # micro-batches per optimizer step
-            "checkpoint_every": 1000,  # a multiple of log.every, as evaluate.every
+            "checkpoint_every": 1000,
             "keep_latest": 2,
             "keep_best": 1,
             "best_metric": "retrieval/mean_recall_of_streams",
@@ -219,8 +220,9 @@ def _shrink(config: ConfigDict) -> None:
     for stream in STREAMS:
         config.data[stream].update(image_size=config.model.vision.image_size, batch_size=16)
     config.objectives.group_size = 8
-    for name in ("contrastive", "matching", "masked_language", "global_vision", "global_text"):
-        config.objectives[name].update(start=0, ramp=0)
+    for objective in config.objectives.values():
+        if isinstance(objective, ConfigDict):
+            objective.update(start=0, ramp=0)
     config.train.update(steps=20, checkpoint_every=10)
     config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
     config.log.every = 5
@@ -256,7 +258,7 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
         )
         yield from _unless(m[part].layers > 0, f"model.{part}.layers is {m[part].layers}; it must be at least 1")
     yield from _unless(
-        m.vision.image_size % m.vision.patch_size == 0,
+        m.vision.patch_size >= 1 and m.vision.image_size % m.vision.patch_size == 0,
         f"model.vision.image_size {m.vision.image_size} does not divide by patch_size {m.vision.patch_size}",
     )
     yield from _unless(m.remat in ("none", "dots", "full"), f"model.remat is {m.remat!r}; choose none, dots or full")
@@ -299,21 +301,28 @@ def _check_training(config: ConfigDict) -> Iterator[str]:
     for name, option in ratios:
         ratio = config.objectives[name][option]
         yield from _unless(0 < ratio < 1, f"objectives.{name}.{option} is {ratio}; it must lie between 0 and 1")
+    ratio = config.objectives.text_mask_ratio
+    yield from _unless(0 < ratio < 1, f"objectives.text_mask_ratio is {ratio}; it must lie between 0 and 1")
+    for name in ("global_vision", "global_text", "local_vision", "local_text"):
+        temperature = config.objectives[name].temperature
+        yield from _unless(temperature > 0, f"objectives.{name}.temperature is {temperature}; it must be positive")
+    yield from _unless(o.warmup >= 0, f"optimizer.warmup is {o.warmup}; it is a share or a number of steps")
+    yield from _unless(t.keep_latest >= 1, f"train.keep_latest is {t.keep_latest}; the newest checkpoint must be kept")
+    yield from _unless(config.data.threads >= 1, f"data.threads is {config.data.threads}; it must be at least 1")
 
 
 def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[str]:
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    fits = sizes.count(-1) <= 1 and known > 0 and (devices % known == 0 if -1 in sizes else devices == known)
+    known = math.prod(size for size in sizes if size != -1)
+    sound = sizes.count(-1) <= 1 and all(size == -1 or size >= 1 for size in sizes)
+    fits = sound and (devices % known == 0 if -1 in sizes else devices == known)
     yield from _unless(
         fits, f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {devices} device(s)"
     )
     batch = config.evaluate.batch_size
     across = devices // max(config.mesh.tensor, 1)
     yield from _unless(
-        across and batch % across == 0 and batch % processes == 0,
+        batch > 0 and across and batch % across == 0 and batch % processes == 0,
         f"evaluate.batch_size {batch} does not divide by the {across} device(s) it is split over",
     )
 
@@ -321,16 +330,19 @@ def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[st
 def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     stream, model = config.data[name], config.model
     where = f"data.{name}"
+    if min(stream.batch_size, config.objectives.group_size, model.vision.patch_size, config.train.accumulate) < 1:
+        yield f"{where}: batch_size, objectives.group_size, patch_size and train.accumulate must be at least 1"
+        return
     across = max(devices // max(config.mesh.tensor, 1), 1)
     pieces = across * config.train.accumulate
     yield from _unless(
-        stream.batch_size > 0 and stream.batch_size % pieces == 0,
+        stream.batch_size % pieces == 0,
         f"{where}.batch_size {stream.batch_size} does not divide by {across} device(s) × train.accumulate "
-        f"{config.train.accumulate}; the next that does is {-(-max(stream.batch_size, 1) // pieces) * pieces}",
+        f"{config.train.accumulate}; the next that does is {-(-stream.batch_size // pieces) * pieces}",
     )
-    group = min(config.objectives.group_size, max(stream.batch_size, 1))
+    group = min(config.objectives.group_size, stream.batch_size)
     yield from _unless(
-        group > 0 and stream.batch_size % (group * config.train.accumulate) == 0,
+        stream.batch_size % (group * config.train.accumulate) == 0,
         f"{where}.batch_size {stream.batch_size} does not divide into train.accumulate {config.train.accumulate} "
         f"micro-batches of whole groups (objectives.group_size {config.objectives.group_size})",
     )

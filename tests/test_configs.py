@@ -1,4 +1,4 @@
-"""Every config in configs/ passes its checks, and its network and training step can be built; only shapes, no numbers."""
+"""Every config in configs/ passes its checks, and its network and step can be built; only shapes, no numbers."""
 
 import importlib.util
 from pathlib import Path

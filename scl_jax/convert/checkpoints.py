@@ -63,7 +63,7 @@ def checksum(flat: Mapping[str, np.ndarray]) -> str:
     for path in sorted(flat):
         value = np.ascontiguousarray(flat[path])
         digest.update(f"{path} {value.shape} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(np.uint8))
+        digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -88,7 +88,9 @@ def beside(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < size * _HEADROOM:
-        raise OSError(f"{target}: {size / 2**20:.0f} MiB are to be written, but the disk has {free / 2**20:.0f} MiB left")
+        raise OSError(
+            f"{target}: {size / 2**20:.0f} MiB are to be written, but the disk has {free / 2**20:.0f} MiB left"
+        )
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:

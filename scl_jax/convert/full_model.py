@@ -59,10 +59,11 @@ def read_model(
         ConversionError: keys that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     sizes = SCLConfig.infer({name: value.shape for name, value in tensors.items()})
-    sizes = dataclasses.replace(
-        sizes, heads=heads or sizes.heads, vision_heads=vision_heads or sizes.vision_heads
-    )
-    for width, count, side in ((sizes.width, sizes.heads, "heads"), (sizes.vision_width, sizes.vision_heads, "vision_heads")):
+    sizes = dataclasses.replace(sizes, heads=heads or sizes.heads, vision_heads=vision_heads or sizes.vision_heads)
+    for width, count, side in (
+        (sizes.width, sizes.heads, "heads"),
+        (sizes.vision_width, sizes.vision_heads, "vision_heads"),
+    ):
         if width % count:
             raise ConversionError(f"width {width} does not divide by {count} heads; give --{side}")
     if min(sizes.vision_layers, sizes.text_layers, sizes.fusion_layers) < 1:

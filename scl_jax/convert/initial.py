@@ -82,19 +82,26 @@ def _checkpoint(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[st
 
 
 def _vision(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:
-    check_settings(path, CLIP_SETTINGS)
     tensors = read_weights(path)
-    return _encoder(path, tensors, "vision.", shapes, *read_clip(tensors, shapes))
+    flat, report = read_clip(tensors, shapes)
+    check_settings(path, CLIP_SETTINGS)
+    return _encoder(path, tensors, "vision.", shapes, flat, report)
 
 
 def _text(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:
-    check_settings(path, ROBERTA_SETTINGS)
     tensors = read_weights(path)
-    return _encoder(path, tensors, "text.", shapes, *read_roberta(tensors, shapes))
+    flat, report = read_roberta(tensors, shapes)
+    check_settings(path, ROBERTA_SETTINGS)
+    return _encoder(path, tensors, "text.", shapes, flat, report)
 
 
 def _encoder(
-    path: Path, tensors: Mapping[str, np.ndarray], part: str, shapes: Shapes, flat: dict[str, np.ndarray], report: Report
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    part: str,
+    shapes: Shapes,
+    flat: dict[str, np.ndarray],
+    report: Report,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     check_finite(tensors, report.mapped, path)
     own = {name: shape for name, shape in shapes.items() if name.startswith(part) and name not in report.untouched}

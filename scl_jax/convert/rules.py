@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -194,7 +194,7 @@ DROPS: list[Drop] = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _torch_shapes(transform: Transform, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """The shapes of the torch tensors that a parameter of `shape` is made of."""
     return tuple(tensor.shape for tensor in transform.to_torch(np.broadcast_to(np.int8(0), shape)))

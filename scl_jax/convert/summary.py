@@ -22,7 +22,10 @@ class Summary:
     def lines(self) -> list[str]:
         """One fact a line."""
         reasons = Counter(self.dropped.values())
-        found = [f"{self.source} → {self.target}", f"mapped: {self.tensors} tensors, {self.numbers / 1e6:.2f} M numbers"]
+        found = [
+            f"{self.source} → {self.target}",
+            f"mapped: {self.tensors} tensors, {self.numbers / 1e6:.2f} M numbers",
+        ]
         found += [f"resized: {line}" for line in self.resized]
         for reason, count in sorted(reasons.items()):
             first = next(name for name, why in self.dropped.items() if why == reason)

@@ -43,10 +43,8 @@ def config_of(sizes: SCLConfig, tokenizer: str) -> ConfigDict:
     return config
 
 
-def read_torch(
-    path: Path, heads: int = 0, vision_heads: int = 0
-) -> tuple[dict[str, np.ndarray], SCLConfig, Report]:
-    """A full model from a torch file or folder, float32 and finite; sizes from its shapes, or the folder's config.json."""
+def read_torch(path: Path, heads: int = 0, vision_heads: int = 0) -> tuple[dict[str, np.ndarray], SCLConfig, Report]:
+    """A full model from a torch file or folder, float32 and finite; heads from the folder's config.json if there."""
     tensors = read_weights(path)
     file = path / "config.json"
     if path.is_dir() and file.exists():  # written by this command: it knows the heads

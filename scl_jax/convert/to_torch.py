@@ -85,7 +85,9 @@ def to_torch(
     name = tokenizer or data["tokenizer"] or f"{data['dir']}/tokenizer"
     note = ""
     with beside(target, overwrite, sum(x.nbytes for x in tensors.values())) as folder:
-        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum})
+        write_safetensors(
+            folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum}
+        )
         (folder / "config.json").write_text(json.dumps({"model_type": "scl", **sizes.to_dict()}, indent=2) + "\n")
         try:
             load_tokenizer(name).save(folder)

@@ -171,18 +171,19 @@ def draw_whole_words(
     """Tokens of whole random words, as many as fit into a share `ratio` of a text's tokens (at least one word).
 
     Words come in random order and are taken while the sum of their tokens stays within the quota
-    `max(1, round(ratio · n))`, n counting neither special tokens nor padding; the first word is always taken, cut at
-    the number of slots.
+    `max(1, round(ratio · n))`, n counting neither special tokens nor padding; the first word is always taken. Words of
+    more tokens than there are slots come last: one is taken, and cut, only where a text has no other.
     """
     length = word_ids.shape[1]
-    slots = max(1, round(ratio * (length - 2)))
+    slots = min(max(4, round(ratio * (length - 2))), length)  # room for a word of four tokens in a short text, too
     tokens = (word_ids >= 0).sum(axis=1, keepdims=True)
     quota = jnp.where(tokens > 0, jnp.maximum(1, jnp.round(ratio * tokens)), 0)
     # a random score per word, the same for all its tokens, so that sorting tokens keeps words together
     word_score = jax.random.uniform(key, word_ids.shape)
     score = jnp.take_along_axis(word_score, jnp.maximum(word_ids, 0), axis=1)
-    score = jnp.where(word_ids >= 0, score, 2.0)
-    order = jnp.argsort(score, axis=1, stable=True)
+    tokens_of_word = (word_ids[:, :, None] == word_ids[:, None, :]).sum(axis=2)
+    score = jnp.where(tokens_of_word > slots, score + 1.0, score)
+    order = jnp.argsort(jnp.where(word_ids >= 0, score, 3.0), axis=1, stable=True)
     sorted_words = jnp.take_along_axis(word_ids, order, axis=1)
     position = jnp.arange(length)[None]
     same = (sorted_words[:, :, None] == sorted_words[:, None, :]) & (sorted_words[:, :, None] >= 0)
@@ -204,8 +205,9 @@ def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:
     """BERT's corruption of the chosen tokens: 80 % become the mask, 10 % a random token, 10 % stay."""
     choice_key, token_key = jax.random.split(key)
     choice = jax.random.uniform(choice_key, slots.shape)
-    random_ids = jax.random.randint(token_key, slots.shape, spec.special_ids, spec.vocab_size - 1)
-    random_ids += (random_ids >= spec.mask_id) & (spec.mask_id >= spec.special_ids)  # never the mask itself
+    mask_among_words = int(spec.mask_id >= spec.special_ids)  # RoBERTa's is the last token, our tokenizers' the fifth
+    random_ids = jax.random.randint(token_key, slots.shape, spec.special_ids, spec.vocab_size - mask_among_words)
+    random_ids += (random_ids >= spec.mask_id) * mask_among_words  # never the mask itself
     old = jnp.take_along_axis(ids, slots, axis=1)
     new = jnp.where(choice < 0.8, spec.mask_id, jnp.where(choice < 0.9, random_ids, old))
     return put(ids, slots, valid, new)

@@ -43,7 +43,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = len(devices) // int(np.prod([size for size in sizes if size != -1]))
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         wanted = f"data={data}, fsdp={fsdp}, tensor={tensor}"

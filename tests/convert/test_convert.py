@@ -62,7 +62,9 @@ def test_torch_orbax_torch_orbax_is_bit_identical(tag: str, task: str, tmp_path:
     exported = load_file(tmp_path / "torch/model.safetensors")
     for name in set(weights) & set(exported):
         assert weights[name].tobytes() == exported[name].tobytes() and weights[name].shape == exported[name].shape
-    assert {n.split(".")[0] for n in set(exported) - set(weights)} == {"vision_transformer"}  # temporal rows, mask vector
+    assert {n.split(".")[0] for n in set(exported) - set(weights)} == {
+        "vision_transformer"
+    }  # temporal rows, mask vector
     before, after = read_parameters(tmp_path / "orbax")[0], read_parameters(tmp_path / "again")[0]
     assert checkpoints.checksum(before) == checkpoints.checksum(after)
     assert {path: x.tobytes() for path, x in before.items()} == {path: x.tobytes() for path, x in after.items()}
@@ -141,7 +143,11 @@ DAMAGED = {
     "nan": ("itm_score.fc.weight", with_nan, "itm_score.fc.weight (1 NaN"),
     "infinite": ("mlm_score.bias", lambda x: x / 0 + np.inf, "mlm_score.bias ("),
     "integers": ("itm_score.fc.bias", lambda x: x.astype(np.int32), "itm_score.fc.bias (of type int32"),
-    "wrong width": ("cross_modal_text_transform.weight", lambda x: x[:, :24].copy(), "cross_modal_text_transform.weight"),
+    "wrong width": (
+        "cross_modal_text_transform.weight",
+        lambda x: x[:, :24].copy(),
+        "cross_modal_text_transform.weight",
+    ),
     "wrong vocabulary": ("mlm_score.decoder.weight", lambda x: x[:150].copy(), "mlm_score.decoder.weight is (150, 32)"),
     "one-dimensional": (WORDS, lambda x: x.reshape(-1), WORDS),
     "no rows": (WORDS, lambda x: x[:0].copy(), WORDS),
@@ -200,7 +206,9 @@ def test_no_disk_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_run_without_checkpoint_config_or_step_is_named(tmp_path: Path) -> None:
     main([str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "run"), *HEADS])
-    assert "of step 7; it holds the steps 0" in fails([str(tmp_path / "run"), str(tmp_path / "o"), "--step=7"], tmp_path)
+    assert "of step 7; it holds the steps 0" in fails(
+        [str(tmp_path / "run"), str(tmp_path / "o"), "--step=7"], tmp_path
+    )
     (tmp_path / "run/config.json").unlink()
     assert "config.json is missing" in fails([str(tmp_path / "run"), str(tmp_path / "o")], tmp_path)
 

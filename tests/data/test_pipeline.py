@@ -313,6 +313,8 @@ def test_a_broken_record_is_named_at_evaluation(data, sources):
 def test_frames_of_an_item_are_what_the_model_sees(data):
     examples = evaluation(data)
     np.testing.assert_array_equal(examples.frames(0), next(iter(examples.items()))["pixels"][0])
+
+
 def test_data_modules_import_no_jax_of_their_own():
     code = "import sys, scl_jax.data.images, scl_jax.data.video; assert 'jax' not in sys.modules, 'jax imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

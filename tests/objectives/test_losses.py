@@ -137,9 +137,7 @@ def test_local_vision_compares_the_replaced_patches_of_a_group(frames, groups):
     terms = []
     for rows in np.split(np.arange(4), groups):
         for f in range(frames):
-            terms += info_nce64(
-                unit64(x[rows, f].reshape(-1, 8)), unit64(y[rows, f].reshape(-1, 8)), TEMPERATURE
-            )
+            terms += info_nce64(unit64(x[rows, f].reshape(-1, 8)), unit64(y[rows, f].reshape(-1, 8)), TEMPERATURE)
     np.testing.assert_allclose(loss.mean(), np.mean(terms), rtol=RTOL)
 
 

@@ -83,7 +83,7 @@ def test_a_fifth_of_the_patches_is_kept_counted_in_double_precision(patches, kep
     keep = np.asarray(draw_kept_patches(jax.random.key(0), 3, patches, 0.8))
     assert keep.shape == (3, kept)
     for row in keep:
-        assert len(set(row)) == kept and 0 <= row.min() and row.max() < patches
+        assert len(set(row)) == kept and row.min() >= 0 and row.max() < patches
     assert (keep[0] != keep[1]).any()
 
 
@@ -137,7 +137,6 @@ def test_whole_words_are_chosen_together_and_at_least_one(word_length):
         assert set(positions) == set(np.flatnonzero(np.isin(words[row], list(chosen))))
 
 
-@pytest.mark.xfail(strict=True, reason="draw_whole_words cuts a word at its number of slots, 2 at this length")
 def test_a_word_longer_than_the_quota_of_a_short_text_is_masked_whole():
     words = jnp.asarray([[-1, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1]])
     slots, valid = draw_words(jax.random.key(0), words, 0.15)
@@ -190,7 +189,7 @@ def test_random_tokens_are_spread_over_the_vocabulary_and_never_special():
 @pytest.mark.parametrize(
     "mask_id",
     [
-        pytest.param(4, marks=pytest.mark.xfail(strict=True, reason="the last token of the vocabulary is never drawn")),
+        4,
         100,
         299,
     ],
@@ -238,7 +237,7 @@ def test_partners_are_never_the_same_item_never_padding_always_inside_the_group(
         items = rng.integers(0, 6, 64)  # many rows of one item
         weight = (rng.random(64) < 0.7).astype(np.float32)
         is_pair, partner = partners(items, weight, seed=seed)
-        assert 0 <= partner.min() and partner.max() < 16
+        assert partner.min() >= 0 and partner.max() < 16
         other = np.repeat(np.arange(0, 64, 16), 16) + partner
         assert (items[other] != items)[~is_pair].all()
         assert (weight[other] > 0)[~is_pair].all()
@@ -280,7 +279,9 @@ def test_hard_partners_follow_the_similarity_and_stay_allowed():
     assert hard.mean() == pytest.approx(0.5, abs=0.05)
     np.testing.assert_array_equal(soft[~hard], np.asarray(masks.partner)[others][~hard])
     odds = np.exp(np.cos(angles[1:3]) / 0.5)
-    np.testing.assert_allclose(np.bincount(soft[hard], minlength=4) / hard.sum(), [0, *(odds / odds.sum()), 0], atol=0.05)
+    np.testing.assert_allclose(
+        np.bincount(soft[hard], minlength=4) / hard.sum(), [0, *(odds / odds.sum()), 0], atol=0.05
+    )
 
 
 def test_taking_a_partner_stays_inside_the_group():

@@ -194,9 +194,8 @@ def test_adamw_with_groups_is_its_definition(eps_uncorrected):
     """Multipliers scale update and decay alike; biases do not decay."""
     rng = np.random.default_rng(0)
     tree = {"fusion": {"text_pooler": {"kernel": 0, "bias": 0}}, "vision": {"patch_embedding": {"kernel": 0}}}
-    params, *gradients = (
-        jax.tree.map(lambda _: rng.normal(size=4) * scale, tree) for scale in (1, 1e-7, 1e-7, 1e-7)
-    )  # gradients so small that the place of eps shows
+    params, *draws = (jax.tree.map(lambda _: rng.normal(size=4), tree) for _ in range(4))
+    gradients = [jax.tree.map(lambda x: x * 1e-7, draw) for draw in draws]  # so small that the place of eps shows
     config = OptimizerConfig(
         learning_rate=0.01, warmup=0, decay="constant", weight_decay=0.1, adam_eps_uncorrected=eps_uncorrected
     )

@@ -5,7 +5,7 @@ First prepare them, and a tokenizer that knows their words:
     python -m scl_jax.data.prepare --dataset=own_data/my_set --captions=captions.jsonl --media=media \
         --out=data --train_tokenizer=data/my_set_tokenizer
 
-A network of 30 M parameters for one GPU and a few 10,000 pairs, from random weights. Copy this file and change what
+A small network for one GPU and a few 10,000 pairs, from random weights. Copy this file and change what
 differs: sizes, batch, steps. Without a GPU, configs/nlvr.py shows what is small enough.
 """
 

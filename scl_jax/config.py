@@ -135,7 +135,7 @@ def _data() -> ConfigDict:
             "images": _stream(),
             "videos": _stream(batch_size=1024, frames=4, image_size=224, share=0.0),
             "threads": 8,
-            "prefetch": 32,
+            "prefetch": 4,  # whole batches kept ready
         }
     )
 

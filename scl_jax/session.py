@@ -125,14 +125,14 @@ class Session:
     def train(self) -> bool:
         """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early."""
         config = self.config
-        graph, tx, state = self.initial_state()
-        data = train_dataset(
+        data = train_dataset(  # before the state: missing shards should be said at once
             config.data,
             seed=config.seed,
             tokenizer=self.tokenizer,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
         window = Window()

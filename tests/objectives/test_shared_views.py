@@ -23,7 +23,7 @@ from scl_jax.objectives.views import OBJECTIVES, MaskSpec
 from scl_jax.tasks.pretrain import Pretraining, Ramp
 from scl_jax.types import Batch
 
-B, FRAMES, PIXELS, L, VOCAB = 4, 1, 32, 12, 60
+B, FRAMES, PIXELS, L, VOCAB = 4, 2, 32, 12, 60
 WEIGHTS = dict(zip(OBJECTIVES, (0.5, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2), strict=True))
 TASK = Pretraining(
     ramps={name: Ramp(weight) for name, weight in WEIGHTS.items()},

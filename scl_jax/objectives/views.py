@@ -74,22 +74,25 @@ class MaskSpec:
 
 @flax.struct.dataclass
 class Masks:
-    """Everything random in the views of one batch. Slots hold token positions; `*_valid` says which slots count."""
+    """Everything random in the views of one batch. Slots hold token positions; `*_valid` says which slots count.
 
-    keep: Int[Array, "B S"]  # patches that the dropped view encodes
-    replaced: Bool[Array, "B P"]  # patches that the replaced view replaces
-    replaced_slots: Int[Array, "B R"]  # the same as positions
-    language_ids: Int[Array, "B L"]  # the text corrupted for masked language modelling
-    language_slots: Int[Array, "B M"]
-    language_valid: Bool[Array, "B M"]
-    completion_ids: Int[Array, "B L"]  # the text corrupted for completion
-    completion_slots: Int[Array, "B T"]
-    completion_valid: Bool[Array, "B T"]
-    partner: Int[Array, " B"]  # whose image a text is matched with, in its group
-    is_pair: Bool[Array, " B"]  # whether that is its own
+    Under gradient accumulation a leading axis A counts micro-batches.
+    """
+
+    keep: Int[Array, "*A B S"]  # patches that the dropped view encodes
+    replaced: Bool[Array, "*A B P"]  # patches that the replaced view replaces
+    replaced_slots: Int[Array, "*A B R"]  # the same as positions
+    language_ids: Int[Array, "*A B L"]  # the text corrupted for masked language modelling
+    language_slots: Int[Array, "*A B M"]
+    language_valid: Bool[Array, "*A B M"]
+    completion_ids: Int[Array, "*A B L"]  # the text corrupted for completion
+    completion_slots: Int[Array, "*A B T"]
+    completion_valid: Bool[Array, "*A B T"]
+    partner: Int[Array, "*A B"]  # whose image a text is matched with, in its group
+    is_pair: Bool[Array, "*A B"]  # whether that is its own
     # for hard negatives: which rows draw their partner by similarity, and Gumbel noise (-inf where no partner)
-    hard: Bool[Array, " B"] | None = None
-    partner_noise: Float[Array, "B size"] | None = None
+    hard: Bool[Array, "*A B"] | None = None
+    partner_noise: Float[Array, "*A B size"] | None = None
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:

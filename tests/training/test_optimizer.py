@@ -14,11 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from golden_case import GOLDEN, GoldenCase, golden_losses
 
 from scl_jax.convert.rules import RULES, flax_to_torch
 from scl_jax.models import parameters
+from scl_jax.tasks.pretrain import Outputs, WholeBatch
 from scl_jax.training.optimizer import OptimizerConfig, decays, make_optimizer, make_schedule, multiplier
+from scl_jax.training.state import TrainState
+from scl_jax.training.step import make_step
+from scl_jax.types import LossSum
 
 # METHOD section 8 item 8: the reference decays these because their names do not match its list; we do not
 CORRECTED_NO_DECAY = [
@@ -225,3 +230,42 @@ def test_gradients_are_clipped_by_their_common_norm():
 
     np.testing.assert_allclose(result(1.0, (30.0, 40.0)), result(1.0, (0.6, 0.8)), rtol=1e-5)
     assert np.abs(np.subtract(result(0.0, (30.0, 40.0)), result(0.0, (0.6, 0.8)))).max() > 1e-3
+
+
+class OneNumber(nnx.Module):
+    """A network whose only parameter is the temperature."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.contrastive = nnx.Dict(temperature=nnx.Param(jnp.asarray(1.0)))
+
+
+class Slope:
+    """A task whose loss is that number, so that every gradient is 1."""
+
+    def weights(self, step):
+        return {"slope": 1.0}
+
+    def draw_masks(self, batch, key):
+        return None
+
+    def features(self, model, batch, masks, active, key):
+        number = model.contrastive.temperature[...]
+        return Outputs({"slope": LossSum(number, jnp.ones([]))}, {}, WholeBatch({}, batch, number))
+
+    def whole_batch_losses(self, features):
+        return {}
+
+    def constrain(self, params):
+        return params
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0.5, [0.95, 0.875, 0.7875]), (0.0, [0.9, 0.8, 0.7])])
+def test_the_average_follows_the_parameters_after_each_update(decay, expected):
+    graph, params = parameters.split(OneNumber(nnx.Rngs(0)))
+    tx = optax.sgd(0.1)
+    step = make_step(Slope(), graph, tx, optax.constant_schedule(0.1), seed=0, dropout=False, ema=decay)  # type: ignore
+    state = TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), params)
+    for number, average in enumerate(expected, start=1):
+        state, _ = step(state, jnp.ones(2), ("slope",))  # type: ignore
+        np.testing.assert_allclose(state.params["contrastive"]["temperature"], 1 - 0.1 * number, rtol=1e-6)
+        np.testing.assert_allclose(state.ema["contrastive"]["temperature"], average, rtol=1e-6)

@@ -1,0 +1,315 @@
+"""The network treats images, clips, masks, padding and layers as METHOD sections 1 to 3 say.
+
+Axes: B batch, F frames, P patches, N tokens a frame, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_case import GOLDEN
+
+from scl_jax.models import parameters
+from scl_jax.models.fusion import FusionConfig
+from scl_jax.models.scl import SCL, SCLConfig
+from scl_jax.models.text import TextConfig
+from scl_jax.models.vision import VisionConfig, class_tokens_first, resize_positions
+
+B, FRAMES, PATCHES, L, D, DEPTH = 2, 3, 16, 8, 16, 2
+TOLERANCE = 1e-5
+SIZES = {"width": D, "layers": DEPTH, "heads": 2, "mlp_width": 32}
+
+
+def config_of(remat: str = "none", dropout: float = 0.0) -> SCLConfig:
+    rates = {"dropout": dropout, "attention_dropout": dropout}
+    return SCLConfig(
+        vision=VisionConfig(**SIZES, patch_size=8, image_size=32, max_frames=FRAMES, remat=remat),
+        text=TextConfig(**SIZES, vocab_size=40, max_positions=20, remat=remat, **rates),
+        fusion=FusionConfig(**SIZES, remat=remat, **rates),
+        projection_width=8,
+    )
+
+
+@lru_cache
+def params():
+    """Weights of text and fusion ten times as large as at the start, so that all that they mix shows in the output."""
+    state = jax.jit(lambda: parameters.split(SCL(config_of(), nnx.Rngs(0)))[1])()
+    flat = parameters.flatten(state)
+    scaled = {path: 10 * x if re.match("(text|fusion).*(kernel|embedding)$", path) else x for path, x in flat.items()}
+    return parameters.unflatten(scaled)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made_before_any_trace():
+    params()
+
+
+def model(remat: str = "none", dropout: float = 0.0, weights=None) -> SCL:
+    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat, dropout), rngs))
+    return parameters.merge(graph, params() if weights is None else weights)
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def clip(seed: int = 0) -> jax.Array:
+    return random(B, FRAMES, 32, 32, 3, seed=seed)
+
+
+def text() -> tuple[jax.Array, jax.Array]:
+    """(token_ids, token_mask): one text of eight tokens, one of five."""
+    ids = jnp.asarray([[0, 9, 8, 7, 6, 5, 9, 2], [0, 7, 9, 5, 2, 1, 1, 1]])
+    return ids, ids != 1
+
+
+encode = jax.jit(lambda pixels, keep=None: model().vision(pixels, keep))
+encode_text = jax.jit(lambda ids, mask: model().encode_text(ids, mask))
+
+
+def test_a_clip_of_one_frame_is_an_image():
+    """Ordinary self-attention over the [CLS] and the patches, temporal row 0 added."""
+    out = encode(clip()[:, :1])
+    assert out.shape == (B, 1 + PATCHES, D)
+    vision = model().vision
+    x = vision.norm_pre(vision.embed(clip()[:, :1]))
+    for layer in range(DEPTH):
+        block = block_of(layer)
+        h = block.norm_1(x)[:, 0]
+        query, key, value = block.attention.qkv(h)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / (D / 2) ** 0.5
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value).reshape(h.shape)
+        x = x + block.attention.out(mixed)[:, None]
+        x = x + block.mlp(block.norm_2(x))
+    np.testing.assert_allclose(out, vision.norm_post(x)[:, 0], atol=TOLERANCE)
+
+
+def block_of(layer: int):
+    """One block of the vision encoder, with its slice of the stacked parameters."""
+    graph, stacked = nnx.split(model().vision.blocks.each)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[layer], stacked))
+
+
+def test_a_still_clip_without_temporal_rows_looks_like_its_image():
+    """Copies of one frame are each encoded as the image: attention over copies is attention over one."""
+    flat = parameters.flatten(params())
+    flat |= {"vision.temporal_embedding": jnp.zeros_like(flat["vision.temporal_embedding"])}
+    vision = model(weights=parameters.unflatten(flat)).vision
+    image = clip()[:, :1]
+    still = vision(jnp.repeat(image, FRAMES, axis=1))
+    single = vision(image)
+    for frame in range(FRAMES):
+        np.testing.assert_allclose(still[:, frame], single[:, 0], atol=TOLERANCE)
+        patches = still[:, FRAMES + frame * PATCHES : FRAMES + (frame + 1) * PATCHES]
+        np.testing.assert_allclose(patches, single[:, 1:], atol=TOLERANCE)
+
+
+def test_every_frame_has_its_own_temporal_row_class_token_included():
+    embedded = model().vision.embed(jnp.repeat(clip()[:, :1], FRAMES, axis=1))
+    rows = params()["vision"]["temporal_embedding"]
+    for frame in range(FRAMES):
+        step = jnp.broadcast_to(rows[frame] - rows[0], embedded[:, 0].shape)
+        np.testing.assert_allclose(embedded[:, frame] - embedded[:, 0], step, atol=TOLERANCE)
+
+
+def test_the_class_tokens_of_all_frames_come_first():
+    x = jnp.arange(2.0 * 3 * 5).reshape(2, 3, 5, 1)  # (B, F, N, D): token 0 of a frame is its [CLS]
+    expected = [0, 5, 10, 1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14]
+    np.testing.assert_array_equal(class_tokens_first(x)[0, :, 0], expected)
+
+
+def test_more_frames_than_temporal_rows_are_an_error():
+    with pytest.raises(ValueError, match=r"clip of 4 frames, .* 3 rows \(model.vision.max_frames\)"):
+        model().vision(jnp.zeros((1, FRAMES + 1, 32, 32, 3)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 30), (32, 40)], ids=["not patches", "not square"])
+def test_pixels_of_an_unfit_shape_are_an_error(height, width):
+    with pytest.raises(ValueError, match=f"{height}×{width}"):
+        model().vision(jnp.zeros((1, 1, height, width, 3)))
+
+
+def test_bytes_are_normalised_with_clips_mean_and_deviation():
+    pixels = np.random.default_rng(0).integers(0, 256, (B, 1, 32, 32, 3), dtype=np.uint8)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # METHOD section 1
+    normalised = jnp.asarray((pixels / 255 - mean) / std, jnp.float32)
+    np.testing.assert_allclose(encode(jnp.asarray(pixels)), encode(normalised), atol=5e-5)
+
+
+KEEP = np.array([[3, 0, 14], [7, 8, 2]])  # in any order, the same in every frame
+
+
+def test_dropping_patches_is_encoding_only_the_kept_ones():
+    """They keep their position rows, and nothing of the others is seen."""
+    vision, rows = model().vision, np.arange(B)[:, None]
+    embedded = vision.embed(clip())  # (B, F, 1 + P, D)
+    kept = jnp.concatenate(
+        [embedded[:, :, :1], jnp.stack([embedded[:, f][rows, 1 + KEEP] for f in range(FRAMES)], axis=1)], axis=2
+    )
+    x = vision.blocks(vision.norm_pre(kept), lambda block, x, _: block(x))
+    expected = class_tokens_first(vision.norm_post(x))
+    np.testing.assert_allclose(encode(clip(), jnp.asarray(KEEP)), expected, atol=TOLERANCE)
+
+
+def test_what_is_dropped_is_not_seen():
+    pixels = np.array(clip()).reshape(B, FRAMES, 4, 8, 4, 8, 3)
+    for row in range(B):
+        for patch in set(range(PATCHES)) - set(KEEP[row]):
+            pixels[row, :, patch // 4, :, patch % 4] = 9.0
+    other = jnp.asarray(pixels.reshape(B, FRAMES, 32, 32, 3))
+    np.testing.assert_array_equal(encode(clip(), jnp.asarray(KEEP)), encode(other, jnp.asarray(KEEP)))
+
+
+def test_the_mask_vector_replaces_patches_before_positions_are_added():
+    replaced = np.zeros((B, PATCHES), bool)
+    replaced[0, [1, 5]] = replaced[1, [0, 15]] = True
+    vision, weights = model().vision, params()["vision"]
+    clean, masked = vision.embed(clip()), vision.embed(clip(), replaced=jnp.asarray(replaced))
+    for row, patch in zip(*np.nonzero(replaced), strict=True):
+        for frame in range(FRAMES):
+            expected = (
+                weights["mask_embedding"]
+                + weights["position_embedding"][1 + patch]
+                + weights["temporal_embedding"][frame]
+            )
+            np.testing.assert_allclose(masked[row, frame, 1 + patch], expected, atol=TOLERANCE)
+    untouched = ~np.pad(replaced, ((0, 0), (1, 0)))
+    for frame in range(FRAMES):
+        np.testing.assert_array_equal(masked[:, frame][untouched], clean[:, frame][untouched])
+
+
+@pytest.mark.parametrize("token", [4, 0], ids=["a patch of frame 1", "its [CLS]"])
+def test_in_one_block_patches_see_their_frame_and_class_tokens_all_frames(token):
+    x = random(1, FRAMES, 1 + PATCHES, D)
+    changed = x.at[:, 1, token].set(random(D, seed=1))
+    block = jax.jit(block_of(0))
+    moved = np.abs(np.asarray(block(changed) - block(x))).max(axis=-1)[0]  # (F, N)
+    assert (moved[:, 0] > 0).all(), "the [CLS] of every frame sees it"
+    assert (moved[1] > 0).all(), "its own frame sees it"
+    assert not moved[[0, 2], 1:].any(), "patches of other frames do not"
+
+
+@pytest.mark.parity
+def test_position_tables_are_resized_as_the_reference_does():
+    """Bicubic with a = -0.75 and no antialiasing; 2e-5 by the golden README."""
+    arrays = np.load(GOLDEN / "tiny_interp.npz")
+    cases = sorted({name.split("/")[0] for name in arrays.files})
+    assert len(cases) >= 6
+    for name in cases:
+        before, after = arrays[f"{name}/before"], arrays[f"{name}/after"]
+        resized = resize_positions(jnp.asarray(before), round((len(after) - 1) ** 0.5))
+        np.testing.assert_allclose(resized, after, atol=2e-5, err_msg=name)
+        np.testing.assert_array_equal(resized[0], before[0])
+
+
+def test_an_image_of_another_resolution_is_encoded():
+    assert encode(random(1, 1, 48, 48, 3)).shape == (1, 1 + 36, D)
+
+
+def test_more_padding_changes_no_text():
+    ids, mask = text()
+    longer = jnp.pad(ids, ((0, 0), (0, 3)), constant_values=1)
+    wide = encode_text(longer, jnp.pad(mask, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(wide[:, :L], encode_text(ids, mask), atol=TOLERANCE)
+    alone = encode_text(ids[1:, :5], mask[1:, :5])
+    np.testing.assert_allclose(wide[1:, :5], alone, atol=TOLERANCE)
+
+
+def test_padding_of_texts_changes_nothing_that_is_fused():
+    """Also where the image stream attends to the text."""
+    ids, mask = text()
+    image = random(B, FRAMES + FRAMES * PATCHES, D)
+    words = encode_text(ids, mask)
+    fuse = jax.jit(lambda words, mask, image: dataclasses.astuple(model().fuse(words, mask, image, FRAMES)))
+    fused_text, fused_image, _ = fuse(words, mask, image)
+    garbage = jnp.where(mask[..., None], words, 100.0)
+    other_text, other_image, _ = fuse(garbage, mask, image)
+    np.testing.assert_allclose(other_image, fused_image, atol=TOLERANCE)
+    np.testing.assert_allclose(other_text[mask], fused_text[mask], atol=TOLERANCE)
+    short_text, short_image, _ = fuse(words[1:, :5], mask[1:, :5], image[1:])
+    np.testing.assert_allclose(short_image, fused_image[1:], atol=TOLERANCE)
+    np.testing.assert_allclose(short_text, fused_text[1:, :5], atol=TOLERANCE)
+
+
+def test_the_joint_vector_is_the_pooled_text_then_the_pooled_mean_of_the_frames():
+    ids, mask = text()
+    network = model()
+    fused = network.fuse(encode_text(ids, mask), mask, random(B, FRAMES + FRAMES * PATCHES, D), FRAMES)
+    weights = jax.tree.map(np.asarray, params()["fusion"])
+    globals_ = {"text_pooler": fused.text[:, 0], "image_pooler": np.asarray(fused.image[:, :FRAMES]).mean(axis=1)}
+    expected = [np.tanh(np.asarray(x) @ weights[n]["kernel"] + weights[n]["bias"]) for n, x in globals_.items()]
+    np.testing.assert_allclose(network.fusion.joint(fused), np.concatenate(expected, axis=1), atol=TOLERANCE)
+    assert fused.patches.shape == (B, FRAMES, PATCHES, D)
+
+
+def test_attention_maps_are_shares_of_the_image():
+    ids, mask = text()
+    image = random(B, 1 + PATCHES, D)
+    maps = jax.jit(lambda words: model().fusion.cross_attention_maps(words, mask, image))(encode_text(ids, mask))
+    assert maps.shape == (B, 2, L, 1 + PATCHES)
+    np.testing.assert_allclose(maps.sum(axis=-1), 1.0, atol=TOLERANCE)
+
+
+def everything(network: SCL, key=None):
+    """A number that depends on all three encoders."""
+    ids, mask = text()
+    text_key, fuse_key = (None, None) if key is None else jax.random.split(key)
+    fused = network.fuse(network.encode_text(ids, mask, text_key), mask, network.encode_image(clip()), FRAMES, fuse_key)
+    return jnp.sum(network.fusion.joint(fused) ** 2)
+
+
+@lru_cache
+def with_remat(remat: str):
+    ids, mask = text()
+    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat), rngs))
+
+    def loss(p):
+        return jnp.sum(parameters.merge(graph, p).text(ids, mask) ** 3)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params())
+    return value, parameters.flatten(gradient["text"])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_number(remat):
+    network = model(remat)
+    assert {network.vision.blocks.remat, network.text.layers.remat, network.fusion.layers.remat} == {remat}
+    (value, gradient), (expected, expected_gradient) = with_remat(remat), with_remat("none")
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for path, x in expected_gradient.items():
+        np.testing.assert_allclose(gradient[path], x, atol=1e-5 * max(1.0, float(jnp.abs(x).max())), err_msg=path)
+
+
+def test_dropout_acts_only_with_a_key_and_repeats_with_it():
+    run = jax.jit(lambda key: everything(model(dropout=0.3), key))
+    silent = jax.jit(lambda: everything(model(dropout=0.3)))()
+    np.testing.assert_allclose(silent, jax.jit(lambda: everything(model()))(), rtol=1e-6)
+    one, again, two = (float(run(jax.random.key(seed))) for seed in (0, 0, 1))
+    assert one == again
+    assert len({one, two, float(silent)}) == 3
+
+
+def test_layers_are_stacked_and_run_in_order():
+    """Parameters of a stack lead with the layer axis, differ by layer, and layer i gets what layer i - 1 gave."""
+    stacked = parameters.flatten(params()["text"]["layers"])
+    assert {x.shape[0] for x in stacked.values()} == {DEPTH}
+    kernel = stacked["each.attention.qkv.kernel"]
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+    ids, mask = text()
+    layers, x = model().text.layers, model().text.embed(ids)
+    graph, each = nnx.split(layers.each)
+    expected = []
+    for layer in range(DEPTH):
+        expected.append(
+            nnx.merge(graph, jax.tree.map(lambda p, i=layer: p[i], each))(expected[-1] if layer else x, mask)
+        )
+    last, outputs = layers(x, lambda layer, x, key: layer(x, mask, key=key), return_layers=True)
+    np.testing.assert_allclose(outputs, jnp.stack(expected), atol=TOLERANCE)
+    np.testing.assert_array_equal(last, outputs[-1])

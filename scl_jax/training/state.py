@@ -28,6 +28,21 @@ class TrainState:
     ema: Params | None = None
 
 
+def plan_state(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    make_tx: Callable[[Params], optax.GradientTransformation],
+    mesh: Mesh,
+    with_ema: bool = False,
+) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
+    """(graph, optimizer, state as shapes with shardings): everything of a state but its numbers."""
+    graph, shapes = parameters.abstract(make_model)
+    tx = make_tx(shapes)
+    state = jax.eval_shape(_creator(make_model, tx, with_ema), 0)
+    layout = state_shardings(tx, shapes, mesh, with_ema)
+    planned = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
+    return graph, tx, planned
+
+
 def init_state(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     make_tx: Callable[[Params], optax.GradientTransformation],
@@ -36,15 +51,19 @@ def init_state(
     with_ema: bool = False,
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
     """A fresh state whose every leaf is created where it belongs; nothing is replicated that the plan splits."""
-    graph, shapes = parameters.abstract(make_model)
-    tx = make_tx(shapes)
-    layout = state_shardings(tx, shapes, mesh, with_ema)
+    graph, tx, planned = plan_state(make_model, make_tx, mesh, with_ema)
+    layout = jax.tree.map(lambda x: x.sharding, planned)
+    return graph, tx, jax.jit(_creator(make_model, tx, with_ema), out_shardings=layout)(seed)
 
+
+def _creator(
+    make_model: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformation, with_ema: bool
+) -> Callable[[Any], TrainState]:
     def create(seed) -> TrainState:
         params = parameters.split(make_model(nnx.Rngs(jax.random.key(seed))))[1]
         return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), params if with_ema else None)
 
-    return graph, tx, jax.jit(create, out_shardings=layout)(seed)
+    return create
 
 
 def state_shardings(tx: optax.GradientTransformation, shapes: Params, mesh: Mesh, with_ema: bool) -> TrainState:

@@ -1,0 +1,278 @@
+"""Will it fit? `python -m scl_jax.compile_tpu --config=configs/pretrain_joint.py --topology=v5e:16x16`.
+
+Compiles the very step that `scl_jax.main` runs with the real TPU compiler, for chips that are not there: libtpu is
+needed (`pip install -e ".[tpu]"`), a TPU is not, and nothing is allocated. Says for every stream how much memory a chip
+needs, its FLOPs, what the collectives send, and the largest buffers. Ends with 1 when a step does not fit, after
+trying what would (`model.remat`).
+
+    --topology=v5e:16x16 | v4:4x4x4 | v5p:8x8x16 | v6e:8x8   chips of one slice
+    --mesh=data=32,fsdp=8                                   instead of the config's
+    --record=docs/scaling.jsonl                             also append what was found, for scl_jax.scaling_table
+
+A vocabulary of size 0 (the tokenizer's) counts as `--vocab_size`; shards and tokenizer are not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from scl_jax import build
+from scl_jax.config import active_streams, check, finalize
+from scl_jax.models import parameters
+from scl_jax.training import sharding
+from scl_jax.training.flops import count_flops
+from scl_jax.training.hlo import Program
+from scl_jax.training.state import plan_state
+from scl_jax.types import Batch
+
+GIB = 2**30
+# HBM that a program may use, in GiB, as the compiler of libtpu 0.0.42 names it when it refuses one
+HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+THRIFTIER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}  # remat policies that need less memory
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/pretrain_joint.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
+_MESH = flags.DEFINE_string("mesh", "", "Mesh sizes instead of the config's, such as data=32,fsdp=8.")
+_STREAMS = flags.DEFINE_list("streams", [], "Only these streams; default: all that are on.")
+_VOCABULARY = flags.DEFINE_integer("vocab_size", 50265, "Of the tokenizer, where the config leaves it to that.")
+_BUFFERS = flags.DEFINE_integer("buffers", 8, "How many of the largest buffers are shown.")
+_RECORD = flags.DEFINE_string("record", "", "A JSON-lines file that the findings are appended to.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the compiler says about one step; sizes in bytes, all of one chip."""
+
+    config: str
+    stream: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    accumulate: int
+    remat: str
+    fits: bool
+    parameters: int
+    traced_flops: float  # of the program as written, recomputation included, divided by the chips
+    hbm: float
+    arguments: int = 0
+    temporaries: int = 0
+    code: int = 0
+    total: int = 0
+    flops: float = 0.0  # of the compiled program
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # kind → (how many, bytes sent)
+    buffers: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)  # (bytes, type, origin)
+    warnings: list[str] = dataclasses.field(default_factory=list)  # of the partitioner
+    problem: str = ""  # why it was refused
+    seconds: float = 0.0
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Descriptions of the chips of a slice such as "v5e:16x16"; no chip is needed.
+
+    Raises:
+        ValueError: libtpu is missing, or knows no such slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the metadata server of a TPU VM
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    kind = topology.partition(":")[0]
+    if kind not in HBM or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise ValueError(f"--topology={topology}: write kind:shape, kind one of {', '.join(HBM)}, such as v5e:16x16")
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}  # a v4 chip's two cores are one device
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f'--topology={topology}: {first} (libtpu comes with pip install -e ".[tpu]")') from error
+
+
+def abstract_batch(config: ConfigDict, stream: str, mesh: Mesh) -> Batch:
+    """The global batch of a stream as shapes, split over the mesh."""
+    s, length = config.data[stream], config.data.text_length
+    split = sharding.batch_sharding(mesh)
+
+    def rows(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((s.batch_size, *shape), dtype, sharding=split)
+
+    return Batch(
+        pixels=rows(jnp.uint8, s.frames, s.image_size, s.image_size, 3),
+        token_ids=rows(jnp.int32, length),
+        token_mask=rows(jnp.bool_, length),
+        word_ids=rows(jnp.int32, length),
+        weight=rows(jnp.float32),
+        item_id=rows(jnp.int32),
+    )
+
+
+def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: str, buffers: int = 8) -> Findings:
+    """Compiles the training step of one stream with all its objectives on, for these devices.
+
+    Args:
+        config: finalized.
+        devices: descriptions of chips, or devices of this machine.
+
+    Raises:
+        ConfigError: the config cannot run on so many devices.
+    """
+    start = time.perf_counter()
+    check(config, 0, len(devices), max(1, len({device.process_index for device in devices})))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    task = build.pretraining(config, mask_id=config.model.text.vocab_size - 1)
+    graph, tx, state = plan_state(
+        build.model_maker(config), build.optimizer_maker(config), mesh, config.optimizer.ema > 0
+    )
+    arguments = (state, abstract_batch(config, stream, mesh), task.active(config.train.steps))
+    step = build.train_step(config, task, graph, tx, state, mesh)
+    findings = Findings(
+        config="",
+        stream=stream,
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(mesh.shape),
+        batch_size=config.data[stream].batch_size,
+        accumulate=config.train.accumulate,
+        remat=config.model.remat,
+        fits=False,
+        parameters=parameters.count(state.params),
+        traced_flops=count_flops(step, *arguments, static_argnums=(2,)) / len(devices),
+        hbm=HBM.get(topology.partition(":")[0], float("inf")) * GIB,
+    )
+    warnings: list[str] = []
+    try:
+        with _partitioner_warnings(warnings):
+            compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        problem = str(error).strip()
+        return dataclasses.replace(findings, problem=problem, warnings=warnings, seconds=time.perf_counter() - start)
+    program = Program(compiled.as_text())
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return dataclasses.replace(
+        findings,
+        fits=total <= findings.hbm,
+        arguments=held,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        total=total,
+        flops=program.flops(),
+        collectives=program.collectives(),
+        buffers=program.largest(buffers),
+        warnings=warnings,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@contextmanager
+def _partitioner_warnings(found: list[str]) -> Iterator[None]:
+    """Collects what the partitioner says about layouts that it cannot change cheaply: it writes to file number 2."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines()
+            found += [line for line in lines if "nvoluntary" in line]
+
+
+def describe(f: Findings) -> str:
+    """The findings for people."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in f.mesh.items())
+    lines = [
+        f"{f.stream}: batch {f.batch_size} on {f.topology} ({f.chips} chips; {mesh}), remat {f.remat}, "
+        f"{f.parameters / 1e6:.1f} M parameters, compiled in {f.seconds:.0f} s"
+    ]
+    if f.problem:
+        return "\n".join([*lines, f"  does not fit: {f.problem}"])
+    lines += [
+        f"  memory a chip     {f.total / GIB:8.2f} GiB of {f.hbm / GIB:.2f}: arguments {f.arguments / GIB:.2f}, "
+        f"temporaries {f.temporaries / GIB:.2f}, code {f.code / GIB:.2f}",
+        f"  FLOPs a chip      {f.flops / 1e12:8.3f} T compiled, {f.traced_flops / 1e12:.3f} T as written",
+    ]
+    lines += [
+        f"  {kind:<18}{size / 2**20:8.1f} MiB sent a chip by {count}" for kind, (count, size) in f.collectives.items()
+    ]
+    lines += [f"  buffer            {size / 2**20:8.1f} MiB {kind}  {origin}" for size, kind, origin in f.buffers]
+    lines += [f"  warning           {line}" for line in f.warnings]
+    verdict = "fits" if f.fits else "does not fit"
+    return "\n".join([*lines, f"  {verdict} with remat {f.remat}"])
+
+
+def with_mesh(config: ConfigDict, sizes: str) -> ConfigDict:
+    """The config with mesh sizes such as "data=32,fsdp=8"; axes that are not named have size 1.
+
+    Raises:
+        ValueError: an unknown axis, or no number.
+    """
+    if sizes:
+        found = dict(re.findall(r"(\w+)=(-?\d+)", sizes))
+        if not set(found) <= set(sharding.AXES) or ",".join(f"{a}={n}" for a, n in found.items()) != sizes:
+            raise ValueError(f"--mesh={sizes}: write sizes of {', '.join(sharding.AXES)}, such as data=32,fsdp=8")
+        config.mesh.update({axis: int(found.get(axis, 1)) for axis in sharding.AXES})
+    return config
+
+
+def find(config: ConfigDict, stream: str, devices: list[Any], topology: str, buffers: int) -> list[Findings]:
+    """The config's own remat policy; while that is refused, the ones that need less memory."""
+    tried = [compile_step(config, stream, devices, topology, buffers)]
+    for remat in THRIFTIER[config.model.remat]:
+        if tried[-1].fits:
+            break
+        config = config.copy_and_resolve_references()
+        config.model.remat = remat
+        tried.append(compile_step(config, stream, devices, topology, buffers))
+    return tried
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --name=value")
+    jax.config.update("jax_platforms", "cpu")
+    fits = True
+    try:
+        config = with_mesh(finalize(_CONFIG.value, _VOCABULARY.value), _MESH.value)
+        devices = tpu_devices(str(_TOPOLOGY.value))
+        for stream in _STREAMS.value or active_streams(config):
+            tried = find(config, stream, devices, str(_TOPOLOGY.value), _BUFFERS.value)
+            for findings in tried:
+                print(describe(findings), flush=True)
+                if _RECORD.value:
+                    name = Path(flags.FLAGS["config"].config_filename).stem
+                    with Path(_RECORD.value).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(dataclasses.asdict(findings) | {"config": name}) + "\n")
+            fits = fits and tried[0].fits
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not fits:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)

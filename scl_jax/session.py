@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Session:
                 tokenizer=self.tokenizer,
                 batch_size=e.batch_size,
                 max_items=e.max_items,
+                rows_of=partial(sharding.process_rows, self.mesh),
                 threads=data.threads,
             )
             for name in active_streams(self.config)
@@ -128,8 +129,7 @@ class Session:
             config.data,
             seed=config.seed,
             tokenizer=self.tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows_of=partial(sharding.process_rows, self.mesh),
         )
         graph, tx, state = self.initial_state()
         iterator = iter(data)

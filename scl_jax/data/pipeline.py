@@ -7,8 +7,8 @@
 3. One of the record's captions is drawn; crop, flip and RandAugment are drawn; the picture is decoded, as small as the
    crop allows (a clip: a random frame of each interval); the same transform is applied to every frame; the caption is
    tokenized.
-4. A process takes its contiguous rows out of every global batch, so the concatenated batches of all processes are the
-   same for any number of processes. Only these rows are decoded, by a pool of threads.
+4. A process takes the rows out of every global batch that its devices hold (`rows_of`), so the global batches are the
+   same for any number of processes and any order of devices. Only these rows are decoded, by a pool of threads.
 5. Whole batches of images and of videos are mixed by their shares, by index; the iterator's state is one number, the
    batches already taken, whatever the number of processes.
 
@@ -36,6 +36,7 @@ from scl_jax.data import builders, images, video
 
 NumpyBatch: TypeAlias = dict[str, Any]  # the fields of scl_jax.types.Batch as numpy arrays, and more where said
 Config: TypeAlias = Any  # a ConfigDict of scl_jax.config, whose values have no static types
+RowsOf: TypeAlias = Callable[[int], Sequence[int]]  # size of a global batch → its rows that this process makes
 
 
 class Tokenizer(Protocol):
@@ -103,27 +104,23 @@ class Records:
 
 
 def train_dataset(
-    data: Config, *, seed: int, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+    data: Config, *, seed: int, tokenizer: Tokenizer, rows_of: RowsOf = range
 ) -> grain.IterDataset[NumpyBatch]:
     """The endless training batches of this process (`data` is `config.data`).
 
-    Yields the fields of `scl_jax.types.Batch` as numpy arrays with B = batch_size / process_count rows, and "stream"
-    ("images" or "videos"). Rows p·B to (p+1)·B of each global batch go to process p. A stream with no data set or of
-    share 0 is off. The iterator's state is {"next_index": batches taken}: the same for every process and any number
+    Yields the fields of `scl_jax.types.Batch` as numpy arrays with the rows of each global batch that `rows_of` names
+    (all, by default), and "stream" ("images" or "videos"). A stream with no data set or of share 0 is off. The iterator's state is {"next_index": batches taken}: the same for every process and any number
     of processes. `data.threads` threads decode rows, `data.prefetch` batches are kept ready.
 
     Raises:
-        ValueError: no stream is on, or a batch size does not divide by the number of processes.
+        ValueError: no stream is on.
     """
     batches, shares = [], []
     for name, stream in (("images", data.images), ("videos", data.videos)):
         if not any(stream.datasets) or stream.share == 0:
             continue
-        if stream.batch_size % process_count:
-            raise ValueError(f"data.{name}.batch_size {stream.batch_size} does not divide by {process_count} processes")
-        local_size = stream.batch_size // process_count
-        rows = range(process_index * local_size, (process_index + 1) * local_size)
         examples = _endless_examples(name, stream, data, seed, tokenizer)
+        rows = rows_of(stream.batch_size)
         batches.append(_ProcessBatches(examples, stream.batch_size, rows, data.threads, name))
         shares.append(stream.share)
     if not batches:
@@ -177,7 +174,7 @@ class _TrainExample:
 class _ProcessBatches(grain.MapDataset):
     """Batch k of one process: its rows of examples k·batch_size to (k+1)·batch_size, made by a pool of threads."""
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: range, threads: int, stream: str):
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: Sequence[int], threads: int, stream: str):
         super().__init__(examples)
         self._batch_size, self._rows, self._stream = batch_size, rows, stream
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="scl-data")
@@ -206,22 +203,18 @@ def evaluation_set(
     tokenizer: Tokenizer,
     batch_size: int,
     max_items: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows_of: RowsOf = range,
     threads: int = 8,
 ) -> EvaluationSet:
     """Opens a split for evaluation at the frames and image size of `stream_config` (`config.data.images` or `.videos`).
 
-    batch_size: of one batch over all processes; this process gets its contiguous rows. max_items: a gallery of that
+    batch_size: of one batch over all processes; this process gets the rows that `rows_of` names. max_items: a gallery of that
     many items, evenly spaced over the split; 0 for all. Reads every record once, for the captions.
 
     Raises:
-        ValueError: no data set is named, a caption is empty, or the batch size does not divide by the processes.
+        ValueError: no data set is named, or a caption is empty.
     """
-    if batch_size % process_count:
-        raise ValueError(f"evaluate.batch_size {batch_size} does not divide by {process_count} processes")
-    local_size = batch_size // process_count
-    rows = _EvaluationRows(batch_size, process_index * local_size, local_size, threads)
+    rows = _EvaluationRows(batch_size, np.asarray(rows_of(batch_size)), threads)
     records = Records(dataset_names, split, data_dir)
     encode = _EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
     return EvaluationSet(records, max_items, encode, rows)
@@ -249,8 +242,7 @@ class _EvaluationRows:
     """Which rows this process makes, and their making: threads, padding, one batch ahead."""
 
     batch_size: int
-    first: int
-    local_size: int
+    own: Int[np.ndarray, " rows"]
     threads: int
 
     def batches(self, count: int, make: Callable[[int], NumpyBatch]) -> Iterator[NumpyBatch]:
@@ -258,7 +250,7 @@ class _EvaluationRows:
         with ThreadPoolExecutor(max(1, self.threads), thread_name_prefix="scl-evaluation") as pool:
 
             def submit(start: int) -> tuple[np.ndarray, list[Future[NumpyBatch]]]:
-                rows = start + self.first + np.arange(self.local_size)
+                rows = start + self.own
                 clipped = np.minimum(rows, count - 1).tolist()
                 futures = {row: pool.submit(make, row) for row in dict.fromkeys(clipped)}
                 return rows < count, [futures[row] for row in clipped]

@@ -20,7 +20,7 @@ from scl_jax.models.heads import unit
 from scl_jax.models.parameters import Params
 from scl_jax.objectives.views import named_key
 from scl_jax.tasks.pretrain import Pretraining
-from scl_jax.training.sharding import global_batch
+from scl_jax.training.sharding import global_batch, split_rows, whole
 from scl_jax.types import Batch, LossSum
 
 
@@ -107,7 +107,8 @@ class PretrainingEvaluation:
 
         def score(text_ids: Int[np.ndarray, " B"], item_ids: Int[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
             pairs = (text_tokens[text_ids], text_masks[text_ids], item_tokens[item_ids])
-            return np.asarray(self._log_odds(params, *global_batch(pairs, self._mesh), frames), np.float32)
+            odds = self._log_odds(params, *split_rows(pairs, self._mesh), frames)
+            return whole(odds).astype(np.float32)
 
         return rank(
             text_features,
@@ -126,8 +127,9 @@ class PretrainingEvaluation:
         """All rows of weight 1 of what `encode` gives for the named fields (and the field `also` itself)."""
         parts: list[tuple[np.ndarray, ...]] = []
         for arrays in batches:
-            real = arrays["weight"] > 0
-            outputs = encode(params, *(global_batch(arrays[field], self._mesh) for field in fields))
-            extra = (arrays[also],) if also else ()
-            parts.append(tuple(np.asarray(x)[real] for x in (*outputs, *extra)))
+            batch = global_batch({name: arrays[name] for name in (*fields, "weight", *([also] if also else []))}, self._mesh)
+            outputs = encode(params, *(batch[field] for field in fields))
+            extra = (batch[also],) if also else ()
+            weight, *columns = whole((batch["weight"], *outputs, *extra))
+            parts.append(tuple(x[weight > 0] for x in columns))
         return [np.concatenate(column) for column in zip(*parts, strict=True)]

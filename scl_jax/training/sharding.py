@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scl_jax.models import parameters
@@ -97,7 +98,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, in order.
+
+    A mesh follows the wiring between chips, so a process's rows need not be neighbours, and "tensor" may give several
+    processes the same ones. Whoever makes just these keeps the global batch the same for any number of processes.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch_size))})  # pyright: ignore
+
+
 def global_batch(arrays: Any, mesh: Mesh) -> Any:
-    """Every process's rows → one global array a leaf, split over the mesh."""
+    """Every process's rows (see `process_rows`) → one global array a leaf, split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), arrays)
+
+
+def split_rows(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds whole → one global array a leaf, split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows]), arrays)
+
+
+def whole(arrays: Any) -> Any:
+    """Global arrays → NumPy, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, arrays)
+    return multihost_utils.process_allgather(arrays, tiled=True)

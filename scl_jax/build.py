@@ -19,6 +19,7 @@ from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
 from scl_jax.objectives.views import OBJECTIVES, MaskSpec
+from scl_jax.partition import on_mesh
 from scl_jax.tasks.pretrain import Pretraining, Ramp
 from scl_jax.training import sharding
 from scl_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -47,13 +48,13 @@ def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:
     return lambda rngs: SCL(sizes, rngs)
 
 
-def pretraining(config: ConfigDict, mask_id: int) -> Pretraining:
-    """The pre-training task; `mask_id` is the tokenizer's."""
+def pretraining(config: ConfigDict, vocab_size: int, mask_id: int) -> Pretraining:
+    """The pre-training task; `vocab_size` and `mask_id` are the tokenizer's, the model's table may have more rows."""
     o, old = config.objectives, config.reference_behaviour
     return Pretraining(
         ramps={name: Ramp(o[name].weight, o[name].start, o[name].ramp) for name in OBJECTIVES},
         masks=MaskSpec(
-            vocab_size=config.model.text.vocab_size,
+            vocab_size=vocab_size,
             mask_id=mask_id,
             drop_ratio=o.global_vision.drop_ratio,
             replace_ratio=o.local_vision.replace_ratio,
@@ -117,7 +118,7 @@ def train_step(
     )
     layout = state_shardings(tx, state.params, mesh, state.ema is not None)
     return jax.jit(
-        step,
+        on_mesh(mesh, step),
         static_argnums=2,
         donate_argnums=0,
         in_shardings=(layout, sharding.batch_sharding(mesh)),

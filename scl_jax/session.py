@@ -46,7 +46,7 @@ class Session:
         check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
-        self.task = build.pretraining(self.config, self.tokenizer.mask_id)
+        self.task = build.pretraining(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
         self.is_main = jax.process_index() == 0
         self.initial_notes: list[str] = []
 
@@ -89,7 +89,7 @@ class Session:
         return {
             name: evaluation_set(
                 data[name],
-                data[name].datasets,
+                data[name].evaluation_datasets if any(data[name].evaluation_datasets) else data[name].datasets,
                 split,
                 data_dir=data.dir,
                 text_length=data.text_length,
@@ -107,7 +107,14 @@ class Session:
         e = self.config.evaluate
         sets = self.evaluation_sets(split)
         return PretrainingEvaluation(
-            graph, self.task, self.mesh, sets, batch_size=e.batch_size, rerank=e.rerank, seed=self.config.seed
+            graph,
+            self.task,
+            self.mesh,
+            sets,
+            batch_size=e.batch_size,
+            rerank=e.rerank,
+            equal_captions=e.equal_captions,
+            seed=self.config.seed,
         )
 
     def open_log(self, resume_step: int | None) -> RunLog:

@@ -135,7 +135,8 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
     start = time.perf_counter()
     check(config, 0, len(devices), max(1, len({device.process_index for device in devices})))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    task = build.pretraining(config, mask_id=config.model.text.vocab_size - 1)
+    vocabulary = config.model.text.vocab_size
+    task = build.pretraining(config, vocabulary, vocabulary - 1)  # which token is the mask changes no shape
     graph, tx, state = plan_state(
         build.model_maker(config), build.optimizer_maker(config), mesh, config.optimizer.ema > 0
     )

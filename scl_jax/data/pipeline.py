@@ -109,8 +109,9 @@ def train_dataset(
     """The endless training batches of this process (`data` is `config.data`).
 
     Yields the fields of `scl_jax.types.Batch` as numpy arrays with the rows of each global batch that `rows_of` names
-    (all, by default), and "stream" ("images" or "videos"). A stream with no data set or of share 0 is off. The iterator's state is {"next_index": batches taken}: the same for every process and any number
-    of processes. `data.threads` threads decode rows, `data.prefetch` batches are kept ready.
+    (all, by default), and "stream" ("images" or "videos"). A stream with no data set or of share 0 is off. The
+    iterator's state is {"next_index": batches taken}: the same for every process and any number of processes.
+    `data.threads` threads decode rows, `data.prefetch` batches are kept ready.
 
     Raises:
         ValueError: no stream is on.
@@ -208,8 +209,8 @@ def evaluation_set(
 ) -> EvaluationSet:
     """Opens a split for evaluation at the frames and image size of `stream_config` (`config.data.images` or `.videos`).
 
-    batch_size: of one batch over all processes; this process gets the rows that `rows_of` names. max_items: a gallery of that
-    many items, evenly spaced over the split; 0 for all. Reads every record once, for the captions.
+    batch_size: of one batch over all processes; this process gets the rows that `rows_of` names. max_items: a gallery
+    of that many items, evenly spaced over the split; 0 for all. Reads every record once, for the captions.
 
     Raises:
         ValueError: no data set is named, or a caption is empty.

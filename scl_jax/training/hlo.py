@@ -249,13 +249,13 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
 
 
 def _real_pairs(instruction: Instruction, position: int, size: int, kernel: int, out: int) -> int:
-    """Pairs of an output place and a kernel place that meet an element along one spatial axis, not padding or a hole."""
+    """Pairs of an output and a kernel place along one spatial axis that meet an element, not padding or a hole."""
 
     def option(name: str, default: str) -> str:
         text = instruction.attribute(rf"window=\{{[^}}]*\b{name}=([\d_x\-]+)")
         return text.split("x")[position] if text else default
 
-    stride, dilation, kernel_dilation = (int(option(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    stride, dilation, kernel_dilation = (int(option(x, "1")) for x in ("stride", "lhs_dilate", "rhs_dilate"))
     low = int(option("pad", "0_0").split("_")[0])
     places = np.arange(out)[:, None] * stride + np.arange(kernel)[None, :] * kernel_dilation - low
     return int(((places >= 0) & (places % dilation == 0) & (places // dilation < size)).sum())

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,19 +186,31 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
 
 @contextmanager
 def _partitioner_warnings(found: list[str]) -> Iterator[None]:
-    """Collects what the partitioner says about layouts that it cannot change cheaply: it writes to file number 2."""
+    """Collects what the partitioner says about layouts that it cannot change cheaply.
+
+    It writes to file number 2, whose text goes on to where it went, so that nothing is lost should the compiler abort.
+    """
     sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            lines = file.read().decode(errors="replace").splitlines()
-            found += [line for line in lines if "nvoluntary" in line]
+    reading, writing = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            for line in lines:
+                os.write(saved, line)
+                if b"nvoluntary" in line:
+                    found.append(line.decode(errors="replace").strip())
+
+    reader = threading.Thread(target=pass_on)
+    reader.start()
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)  # closes the last writing end
+        reader.join()
+        os.close(saved)
 
 
 def describe(f: Findings) -> str:

@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
     config.data = _data()
     config.optimizer = _optimizer()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that the others leave
+    config.distributed = _distributed()
     config.train = _train()
     config.evaluate = _evaluate()
     config.log = _log()
@@ -156,6 +157,17 @@ def _optimizer() -> ConfigDict:
             "multiplier_fusion": 5.0,
             "multiplier_head": 5.0,
             "ema": 0.0,  # decay of the averaged parameters; 0: none
+        }
+    )
+
+
+def _distributed() -> ConfigDict:
+    # seconds that the processes of a run wait for each other before they end with an error
+    return ConfigDict(
+        {
+            "start_timeout": 300,  # until all have come
+            "heartbeat_timeout": 100,  # without a sign of life
+            "stop_timeout": 300,  # until all have ended
         }
     )
 
@@ -311,6 +323,8 @@ def _check_training(config: ConfigDict) -> Iterator[str]:
         yield from _unless(temperature > 0, f"objectives.{name}.temperature is {temperature}; it must be positive")
     yield from _unless(o.warmup >= 0, f"optimizer.warmup is {o.warmup}; it is a share or a number of steps")
     yield from _unless(t.keep_latest >= 1, f"train.keep_latest is {t.keep_latest}; the newest checkpoint must be kept")
+    for name, seconds in config.distributed.items():
+        yield from _unless(seconds >= 1, f"distributed.{name} is {seconds}; it must be at least a second")
     yield from _unless(config.data.threads >= 1, f"data.threads is {config.data.threads}; it must be at least 1")
 
 
@@ -370,6 +384,7 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
 MAY_CHANGE = (
     "init",  # only step 0 looks at it
     "mesh",
+    "distributed",
     "log",
     "evaluate",
     "data.dir",

@@ -1,7 +1,11 @@
-"""Trains or evaluates: `python -m scl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
+"""Trains or evaluates: `python -m scl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+On several hosts the same command runs on each; who the others are, Slurm, Open MPI or the TPU says, or flags do.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -10,6 +14,9 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then evaluate), or evaluate a checkpoint.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of the first process, where nothing else names it.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes run, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Which one this is, from 0, with --coordinator.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -18,7 +25,19 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --config.name=value")
     logging.set_verbosity(logging.WARNING)
-    from scl_jax.session import Session  # after the flags, so that --help is instant
+    from scl_jax.training import distributed  # after the flags, so that --help is instant
+
+    try:
+        explicit = distributed.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        distributed.connect(explicit or distributed.from_environment(os.environ), **_CONFIG.value.distributed)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    with distributed.EndAtOnce():
+        _run()
+
+
+def _run() -> None:
+    from scl_jax.session import Session
 
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value))

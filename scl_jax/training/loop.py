@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from scl_jax.tasks.pretrain import Pretraining
@@ -103,12 +104,22 @@ class Feed:
 
 
 class StopRequest:
-    """Notices SIGTERM (and the first Ctrl-C), so that the loop can save and end; restores the handlers afterwards."""
+    """Notices SIGTERM (and the first Ctrl-C), so that the loop can save and end; restores the handlers afterwards.
+
+    Where several processes run, JAX's own handler of SIGTERM stays: a signal to any of them makes all agree, in the
+    background, on a step that none has passed yet.
+    """
 
     def __enter__(self) -> StopRequest:
         self.received = False
-        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
         return self
+
+    def stops_after(self, step: int) -> bool:
+        """Whether to save after this step and end; to be asked once at every step."""
+        self.received = self.received or multihost_utils.reached_preemption_sync_point(step)
+        return self.received
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received:  # a second time: at once
@@ -211,11 +222,12 @@ def train(
             if schedule.evaluates(number):
                 results = evaluate(state)
                 log.write(number, results)
-            if schedule.saves(number) or stop.received:
+            stopping = stop.stops_after(number)
+            if schedule.saves(number) or stopping:
                 checkpoints.save(number, state, {"data": place, "window": window.state()}, results)
-            if results or stop.received:
+            if results or stopping:
                 speed.reset()
-            if stop.received:
+            if stopping:
                 break
     checkpoints.wait()
     return state, number >= schedule.steps

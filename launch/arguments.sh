@@ -3,8 +3,9 @@
 
 DRY_RUN=false
 REST=() # what the script does not know goes to scl_jax.main as it is
-PYTHON=python
-[[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python # as launch/test.sh and launch/quickstart.sh make it
+TRAIN=(python -m scl_jax.main)
+# shellcheck disable=SC2034  # the scripts use it
+[[ ! -x .venv/bin/python ]] || TRAIN[0]=.venv/bin/python # as launch/test.sh and launch/quickstart.sh make it
 
 die() {
   echo "$(basename "$0"): $*" >&2

@@ -16,4 +16,4 @@ visible=()
 [[ -z $gpus ]] || visible=("CUDA_VISIBLE_DEVICES=$gpus")
 # memory in one piece, and most of it: what is left over serves libraries that do not ask XLA
 run env "${visible[@]}" JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 \
-  "$PYTHON" -m scl_jax.main --config="$config" --workdir="$workdir" "${REST[@]}"
+  "${TRAIN[@]}" --config="$config" --workdir="$workdir" "${REST[@]}"

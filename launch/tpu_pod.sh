@@ -59,6 +59,7 @@ case $STEP in
     tpu ssh "$name" --worker=0 --command='tail -n 100 -F scl_jax.log'
     ;;
   stop)
+    # shellcheck disable=SC2016  # the hosts fill it in
     everywhere 'kill -TERM "$(cat scl_jax.pid)"'
     ;;
   delete)

@@ -166,6 +166,7 @@ def _distributed() -> ConfigDict:
     return ConfigDict(
         {
             "start_timeout": 300,  # until all have come
+            "compile_timeout": 3600,  # until all have compiled a step
             "heartbeat_timeout": 100,  # without a sign of life
             "stop_timeout": 300,  # until all have ended
         }

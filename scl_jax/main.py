@@ -29,7 +29,13 @@ def main(argv: list[str]) -> None:
 
     try:
         explicit = distributed.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        distributed.connect(explicit or distributed.from_environment(os.environ), **_CONFIG.value.distributed)
+        wait = _CONFIG.value.distributed
+        distributed.connect(
+            explicit or distributed.from_environment(os.environ),
+            start_timeout=wait.start_timeout,
+            heartbeat_timeout=wait.heartbeat_timeout,
+            stop_timeout=wait.stop_timeout,
+        )
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     with distributed.EndAtOnce():

@@ -164,6 +164,7 @@ class Session:
                 log,
                 lambda state: evaluation(averaged(state))[0] if evaluation else {},
                 window,
+                config.distributed.compile_timeout,
             )
             if complete:
                 self.report(log, graph, state)

@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from orbax.checkpoint import multihost
+
+from scl_jax.types import Batch
 
 TPU_PORT = 8476
 PORTS = (61440, 4096)  # first and number of ports to choose from, above those that systems hand out
@@ -173,9 +176,7 @@ def on_tpu_vm() -> bool:
     return chips and importlib.util.find_spec("libtpu") is not None
 
 
-def connect(
-    processes: Processes | None, *, start_timeout: int = 300, heartbeat_timeout: int = 100, stop_timeout: int = 300
-) -> None:
+def connect(processes: Processes | None, *, start_timeout: int, heartbeat_timeout: int, stop_timeout: int) -> None:
     """Joins the run's processes, before any device is touched; nothing happens where there is only one.
 
     Args:
@@ -211,6 +212,26 @@ def connect(
             f"{processes.coordinator} within {start_timeout} s: are all of them running, can they reach that host and "
             f"port, and is the number right? {str(error).splitlines()[0]}"
         ) from error
+
+
+class CompiledTogether:
+    """Has every process compile a step before any runs it, `timeout` seconds apart at most.
+
+    Else the first to run would wait inside a collective for one that still compiles, and give up (Gloo: after 30 s).
+    """
+
+    def __init__(self, timeout: int):
+        self._timeout = timeout
+        self._kinds: set[Any] = set()
+
+    def __call__(self, step: Any, state: Any, batch: Batch, active: tuple[str, ...]) -> None:
+        """Compiles the step for a new kind of batch; calling it then compiles nothing."""
+        kind = (batch.pixels.shape, active)
+        if jax.process_count() == 1 or kind in self._kinds:
+            return
+        step.lower(state, batch, active).compile()
+        multihost.sync_global_processes(f"compiled step {len(self._kinds)}", timeout=self._timeout)
+        self._kinds.add(kind)
 
 
 class EndAtOnce:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.distributed import CompiledTogether
 from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
 from scl_jax.training.sharding import global_batch
@@ -182,6 +183,7 @@ def train(
     log: RunLog,
     evaluate: Evaluate,
     window: Window,
+    compile_timeout: int,
 ) -> tuple[TrainState, bool]:
     """Trains from `state.step` to `schedule.steps`.
 
@@ -190,6 +192,7 @@ def train(
         iterator: of the data set, standing behind the last batch that `state` has seen.
         evaluate: the metrics of a state, for the log and the choice of the best checkpoint.
         window: metrics since the last line of the log, from the checkpoint.
+        compile_timeout: seconds that processes wait for each other's compilers.
 
     Returns:
         The last state, and whether training is complete (False after SIGTERM: saved, to be continued).
@@ -198,11 +201,13 @@ def train(
     speed = Speed(feed, step_function, mesh)
     number = int(state.step)
     in_flight: list[Any] = []
+    compiled_together = CompiledTogether(compile_timeout)
     with StopRequest() as stop:
         while number < schedule.steps:
             if number == schedule.profile[0] and schedule.profile[1] > 0:
                 jax.profiler.start_trace(str(log.workdir / "profile"))
             stream, batch, place = feed.take()
+            compiled_together(step_function, state, batch, task.active(number))
             state, metrics = step_function(state, batch, task.active(number))
             number += 1
             window.add(stream, metrics)

@@ -1,0 +1,193 @@
+"""Tables of what fits where: `python -m scl_jax.scaling_table --plan=sizes,weak` compiles and writes docs/scaling.md.
+
+Every step of a plan is compiled in a process of its own by `scl_jax.compile_tpu` (minutes and 6 GiB of memory each);
+what is already in the records is not compiled again, so that a sweep can be interrupted. Without --plan the tables
+are only written anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+GIB, MIB = 2**30, 2**20
+Record = dict[str, Any]  # the fields of compile_tpu.Findings
+
+_PLANS = flags.DEFINE_list("plan", [], "Plans to compile: sizes, weak, batches; or a step of one, such as weak/3.")
+_RECORDS = flags.DEFINE_string("records", "docs/scaling.jsonl", "What compile_tpu found, a line a step.")
+_OUT = flags.DEFINE_string("out", "docs/scaling.md", "The tables.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step to compile."""
+
+    config: str
+    stream: str
+    topology: str
+    batch_size: int
+    fsdp: int = 1
+    accumulate: int = 1
+
+    def command(self, records: str) -> list[str]:
+        """The arguments of `python`."""
+        return [
+            *("-m", "scl_jax.compile_tpu", f"--config=configs/{self.config}.py", f"--topology={self.topology}"),
+            *(f"--mesh=data=-1,fsdp={self.fsdp}", f"--streams={self.stream}", f"--record={records}"),
+            f"--config.data.{self.stream}.batch_size={self.batch_size}",
+            f"--config.train.accumulate={self.accumulate}",
+        ]
+
+    def is_in(self, records: Iterable[Record]) -> bool:
+        """Whether it has been compiled."""
+        wanted = (self.config, self.stream, self.topology, self.batch_size, self.fsdp, self.accumulate)
+        names = ("config", "stream", "topology", "batch_size")
+        return any((*(r[name] for name in names), r["mesh"]["fsdp"], r["accumulate"]) == wanted for r in records)
+
+
+SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}
+PLANS: dict[str, list[Step]] = {
+    "sizes": [
+        Step("pretrain_joint", "images", "v5e:16x16", 4096, fsdp=8),
+        Step("pretrain_image", "images", "v5p:4x4x4", 4096, fsdp=8),
+        Step("pretrain_image", "images", "v6e:8x8", 4096, fsdp=8),
+        Step("pretrain_image", "images", "v4:4x4x4", 4096, fsdp=8),
+        Step("pretrain_large", "images", "v5e:16x16", 4096, fsdp=8),
+        Step("pretrain_joint", "videos", "v5e:16x16", 1024, fsdp=8),
+    ],
+    # 16 images a chip
+    "weak": [Step("pretrain_image", "images", f"v5p:{s}", 16 * chips, fsdp=8) for chips, s in SLICES.items()],
+    # one slice, larger batches by accumulation
+    "batches": [
+        Step("pretrain_image", "images", "v5e:16x16", 4096 * times, fsdp=8, accumulate=times) for times in (2, 4, 8, 16)
+    ],
+}
+
+_HEAD = """# What fits where
+
+Compiled by the real TPU compiler for chips that were not there (`python -m scl_jax.compile_tpu`), the very step that
+training runs, with all objectives on. Written by `python -m scl_jax.scaling_table` from `scaling.jsonl`, which holds
+all numbers. Nothing here was measured on a TPU: memory and FLOPs are the compiler's, seconds are its own.
+
+Memory is that of one chip: arguments (parameters, optimizer state, batch), temporaries, and their sum with the
+program's code, against what a program may use. FLOPs are those of a chip in one step, of matrix products, recomputation
+included: of the compiled program, and of the program as written divided by the chips; where the first is larger,
+chips do the same work twice. Collectives are the bytes that a chip sends in one step if rings carry them.
+"""
+
+
+def read(records: Path) -> list[Record]:
+    """The records; the last of one step counts."""
+    if not records.exists():
+        return []
+    latest: dict[tuple, Record] = {}
+    for line in records.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        mesh = tuple(record["mesh"].items())
+        names = ("config", "stream", "topology", "batch_size", "accumulate", "remat")
+        latest[(*(record[name] for name in names), mesh)] = record
+    return list(latest.values())
+
+
+def row(record: Record) -> list[str]:
+    """A line of the table of sizes."""
+    sent = {kind: f"{size / MIB:.0f}" for kind, (_, size) in record["collectives"].items()}
+    collectives = ", ".join(f"{kind} {size}" for kind, size in sent.items() if size != "0")
+    mesh = " × ".join(f"{axis} {size}" for axis, size in record["mesh"].items() if size > 1)
+    batch = str(record["batch_size"]) + (f" in {record['accumulate']} parts" if record["accumulate"] > 1 else "")
+    first = [record["config"], record["stream"], record["topology"], str(record["chips"]), mesh, batch, record["remat"]]
+    if record["problem"]:
+        return [*first, "refused", "", "", "", ""]
+    memory = f"{record['arguments'] / GIB:.2f} + {record['temporaries'] / GIB:.2f}"
+    total = f"{record['total'] / GIB:.2f} of {record['hbm'] / GIB:.2f}" + ("" if record["fits"] else ", does not fit")
+    flops = f"{record['flops'] / 1e12:.2f} ({record['traced_flops'] / 1e12:.2f})"
+    return [*first, memory, total, flops, collectives, str(len(record["warnings"]))]
+
+
+def table(records: list[Record]) -> str:
+    """All steps, as Markdown."""
+    head = ["config", "stream", "slice", "chips", "mesh", "batch", "remat", "arguments + temporaries, GiB"]
+    head += ["total, GiB", "TFLOPs a chip (as written)", "MiB sent a chip", "resharding warnings"]
+    lines = [head, ["---"] * len(head), *(row(record) for record in records)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def weak_scaling(records: list[Record]) -> str:
+    """The same batch a chip on more and more chips, relative to the fewest; empty with fewer than two."""
+    steps = {(step.topology, step.batch_size, step.fsdp) for step in PLANS["weak"]}
+    chosen = sorted(
+        (
+            record
+            for record in records
+            if (record["topology"], record["batch_size"], record["mesh"]["fsdp"]) in steps
+            and record["config"] == "pretrain_image"
+            and not record["problem"]
+            and record["accumulate"] == 1
+        ),
+        key=lambda record: record["chips"],
+    )
+    if len(chosen) < 2:
+        return ""
+    base = chosen[0]
+    lines = [["chips", "batch", "TFLOPs a chip", "", "total, GiB", "", "MiB sent a chip"], ["---:"] * 7]
+    for record in chosen:
+        sent = sum(size for _, size in record["collectives"].values())
+        flops, total = record["flops"] / base["flops"] - 1, record["total"] / base["total"] - 1
+        lines.append(
+            [
+                *(str(record["chips"]), str(record["batch_size"])),
+                *(f"{record['flops'] / 1e12:.3f}", f"{flops:+.1%}", f"{record['total'] / GIB:.2f}", f"{total:+.1%}"),
+                f"{sent / MIB:.0f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def document(records: list[Record]) -> str:
+    """docs/scaling.md."""
+    text = f"{_HEAD}\n## Steps\n\n{table(records)}\n"
+    if weak := weak_scaling(records):
+        text += f"\n## Weak scaling\n\n`pretrain_image`, 16 images a chip on v5p slices, fsdp 8.\n\n{weak}\n"
+    return text
+
+
+def chosen_steps(plans: list[str]) -> list[Step]:
+    """The steps of plans named "weak", or "weak/3" for its fourth.
+
+    Raises:
+        ValueError: there is no such plan or step.
+    """
+    steps = []
+    for name in plans:
+        plan, _, number = name.partition("/")
+        if plan not in PLANS or (number and not (number.isdigit() and int(number) < len(PLANS[plan]))):
+            raise ValueError(f"--plan={name}: choose {', '.join(PLANS)}, or a step of one, such as weak/3")
+        steps += [PLANS[plan][int(number)]] if number else PLANS[plan]
+    return steps
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --name=value")
+    records, out = Path(_RECORDS.value), Path(_OUT.value)
+    try:
+        steps = chosen_steps(_PLANS.value)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for step in steps:
+        if not step.is_in(read(records)):
+            subprocess.run([sys.executable, *step.command(str(records))], check=False)  # refused ones are records, too
+        out.write_text(document(read(records)), encoding="utf-8")
+    out.write_text(document(read(records)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,129 @@
+"""The launch scripts check their arguments and print, with --dry_run, exactly what they would run."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")
+)
+TPU = ("--name=scl", "--zone=us-west4-a")
+TRAIN = ("--config=configs/pretrain_joint.py", "--config.mesh.fsdp=8")
+KUBERNETES = (
+    *("--name=scl", "--image=registry/scl_jax:1", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16"),
+    *("--hosts=64", "--volume=share", "--workdir=/shared/joint", *TRAIN),
+)
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", f"launch/{script}", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def printed(script: str, *arguments: str) -> list[list[str]]:
+    """The words of every command that a dry run prints."""
+    done = run(script, *arguments, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def main_of(words: list[str]) -> list[str]:
+    """The arguments of scl_jax.main in a command."""
+    start = words.index("scl_jax.main")
+    assert words[start - 2].endswith("python") and words[start - 1] == "-m"
+    return words[start + 1 :]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of requirements-dev.txt
+    done = subprocess.run([shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_gpus_of_this_machine():
+    (command,) = printed("local_gpu.sh", "--workdir=runs/a b", "--gpus=0,3", *TRAIN)
+    assert command[:3] == ["env", "CUDA_VISIBLE_DEVICES=0,3", "JAX_PLATFORMS=cuda"]
+    assert main_of(command) == ["--config=configs/pretrain_joint.py", "--workdir=runs/a b", "--config.mesh.fsdp=8"]
+
+
+def test_a_slurm_job_runs_one_process_a_node_and_comes_back_until_it_is_complete():
+    command, again = printed("slurm.sbatch", "--workdir=/shared/joint", *TRAIN)
+    assert command[:3] == ["srun", "--kill-on-bad-exit=1", "--label"]
+    assert main_of(command) == ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    assert again[:2] == ["scontrol", "requeue"]
+    header = [line for line in (ROOT / "launch/slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --signal=TERM@300", "#SBATCH --requeue"} <= set(header)
+
+
+def test_a_tpu_slice_from_creation_to_deletion():
+    tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
+    (create,) = printed(
+        "tpu_pod.sh", "create", *TPU, "--type=v5litepod-256", "--version=v2", "--spot=true", "--project=p"
+    )
+    slice_options = ["--accelerator-type=v5litepod-256", "--version=v2", "--spot"]
+    assert create == [*tpu, "create", "scl", *slice_options, "--zone=us-west4-a", "--project=p"]
+    archive, copy, unpack = printed("tpu_pod.sh", "copy", *TPU)
+    assert archive[:2] == ["git", "archive"] and copy[4:] == [
+        "scp",
+        copy[5],
+        "scl:",
+        "--worker=all",
+        "--zone=us-west4-a",
+    ]
+    assert unpack[6:] == [
+        "--worker=all",
+        "--command=mkdir -p scl_jax && tar -xzf scl_jax.tar.gz -C scl_jax",
+        "--zone=us-west4-a",
+    ]
+    packages, environment, prepare = printed("tpu_pod.sh", "install", *TPU, "--prepare=sudo mount -t nfs h:/s /mnt")
+    assert "python3.11-venv" in packages[7] and '".[tpu]"' in environment[7]
+    assert prepare[7] == "--command=sudo mount -t nfs h:/s /mnt"
+    (train,) = printed("tpu_pod.sh", "run", *TPU, "--workdir=/mnt/joint", *TRAIN)
+    assert train[4:7] == ["ssh", "scl", "--worker=all"]
+    command = shlex.split(train[7].removeprefix("--command="))
+    assert main_of(command)[:3] == [
+        "--config=configs/pretrain_joint.py",
+        "--workdir=/mnt/joint",
+        "--config.mesh.fsdp=8",
+    ]
+    (logs,) = printed("tpu_pod.sh", "logs", *TPU)
+    assert logs[6:8] == ["--worker=0", "--command=tail -n 100 -F scl_jax.log"]
+    (stop,) = printed("tpu_pod.sh", "stop", *TPU)
+    assert stop[7] == '--command=kill -TERM "$(cat scl_jax.pid)"'
+    assert printed("tpu_pod.sh", "delete", *TPU) == [[*tpu, "delete", "scl", "--quiet", "--zone=us-west4-a"]]
+
+
+def test_a_job_set_is_filled_in():
+    done = run("kubernetes.sh", *KUBERNETES, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("kubectl apply -f - <<'JOBSET'\n") and done.stdout.endswith("\nJOBSET\n")
+    assert 'args: ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]' in (
+        done.stdout
+    )
+    for line in ("parallelism: 64", 'gke-tpu-topology: "16x16"', "image: registry/scl_jax:1", "google.com/tpu: 4"):
+        assert line in done.stdout
+    assert "${" not in done.stdout.replace("fills in ${…}", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("local_gpu.sh", ("--workdir=x",), "--config=… is missing"),
+        ("local_gpu.sh", ("--config=configs/none.py", "--workdir=x"), "there is no such file"),
+        ("local_gpu.sh", (*TRAIN, "--workdir=x", "--gpus=a"), "--gpus=a is not a list of numbers"),
+        ("local_gpu.sh", (*TRAIN, "--workdir"), "what is --workdir?"),
+        ("slurm.sbatch", (*TRAIN, "--workdir=runs/x"), "write the whole path"),
+        ("tpu_pod.sh", ("destroy",), "name a step"),
+        ("tpu_pod.sh", ("create", *TPU), "--type=… is missing"),
+        ("tpu_pod.sh", ("copy", "--name=scl", "--zone=here"), "--zone=here is not a zone"),
+        ("tpu_pod.sh", ("delete", *TPU, "--force"), "what is --force?"),
+        ("kubernetes.sh", (*KUBERNETES, "--hosts=8"), "--hosts=8 × --chips=4 is not the 256 chips"),
+    ],
+)
+def test_wrong_arguments_are_named(script, arguments, message):
+    done = run(script, *arguments, "--dry_run")
+    assert done.returncode == 2 and message in done.stderr and not done.stdout

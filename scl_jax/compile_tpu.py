@@ -90,6 +90,7 @@ def tpu_devices(topology: str) -> list[Any]:
         ValueError: libtpu is missing, or knows no such slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the metadata server of a TPU VM
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # others may compile at the same time; no chip is held
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 

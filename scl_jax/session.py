@@ -26,6 +26,7 @@ from scl_jax.evaluation.ranking import Ranking
 from scl_jax.models import parameters
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
+from scl_jax.training.distributed import meet
 from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Schedule, Window, train
 from scl_jax.training.state import TrainState, init_state
@@ -72,6 +73,7 @@ class Session:
         """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued."""
         maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
         graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
+        meet("state is there", self.config.distributed.compile_timeout)
         if self.checkpoints.latest() is None:
             params, self.initial_notes = initial_parameters(self.config, state.params)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated

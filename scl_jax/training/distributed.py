@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 from orbax.checkpoint import multihost
 
 from scl_jax.types import Batch
@@ -212,6 +213,19 @@ def connect(processes: Processes | None, *, start_timeout: int, heartbeat_timeou
             f"{processes.coordinator} within {start_timeout} s: are all of them running, can they reach that host and "
             f"port, and is the number right? {str(error).splitlines()[0]}"
         ) from error
+    # checkpoints, too, meet by way of the first process: a collective of the devices has no patience
+    flags.FLAGS.experimental_orbax_use_distributed_barrier = True
+
+
+def meet(name: str, timeout: int) -> None:
+    """Waits until every process has come here, `timeout` seconds at most, without using a device.
+
+    Raises:
+        jax.errors.JaxRuntimeError: one did not come.
+    """
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))  # named, or Orbax takes a collective of the devices
+        multihost.sync_global_processes(name, timeout=timeout, processes=everyone)
 
 
 class CompiledTogether:
@@ -230,7 +244,7 @@ class CompiledTogether:
         if jax.process_count() == 1 or kind in self._kinds:
             return
         step.lower(state, batch, active).compile()
-        multihost.sync_global_processes(f"compiled step {len(self._kinds)}", timeout=self._timeout)
+        meet(f"compiled step {len(self._kinds)}", self._timeout)
         self._kinds.add(kind)
 
 

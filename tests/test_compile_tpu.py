@@ -1,0 +1,159 @@
+"""The step of main is compiled for TPU chips that are not there, and what the compiler says is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_run
+
+from scl_jax import compile_tpu, scaling_table
+from scl_jax.compile_tpu import Findings, abstract_batch, compile_step, describe, find, tpu_devices, with_mesh
+from scl_jax.config import ConfigError, finalize
+from scl_jax.training import sharding
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install libtpu"
+)
+
+
+def tiny(**changes):
+    """The contrastive objective alone on images: the smallest step there is."""
+    config = toy_run.config(Path("nowhere"), **changes)
+    config.data.videos.share = 0.0
+    for name in ("matching", "masked_language", "global_vision", "global_text", "local_vision", "local_text"):
+        config.objectives[name].weight = 0.0
+    return finalize(config, 512)
+
+
+def findings(**changes) -> Findings:
+    base = Findings(
+        config="pretrain_image",
+        stream="images",
+        topology="v5p:2x2x2",
+        chips=8,
+        mesh={"data": 1, "fsdp": 8, "tensor": 1},
+        batch_size=128,
+        accumulate=1,
+        remat="full",
+        fits=True,
+        parameters=1_000_000,
+        traced_flops=2e12,
+        hbm=2**34,
+        arguments=2**30,
+        temporaries=2**31,
+        total=3 * 2**30,
+        flops=2.5e12,
+        collectives={"all-reduce": (4, 2**24)},
+        buffers=[(2**20, "bf16[8,64]", "jit(step)/dot_general")],
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@needs_libtpu
+def test_a_small_step_compiles_for_eight_chips_and_holds_an_eighth_of_the_state():
+    config = tiny(**{"mesh.fsdp": 8})
+    found = compile_step(config, "images", tpu_devices("v5e:2x4"), "v5e:2x4")
+    assert found.fits and found.chips == 8 and found.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert found.temporaries > 0 and 0 < found.arguments < found.total < found.hbm
+    state = 3 * 4 * found.parameters  # parameters and two moments
+    pixels = 16 * 64 * 64 * 3
+    assert found.arguments < 0.25 * state + pixels  # an eighth, tiles padded; replicated it would be all
+    assert 0.9 < found.flops / found.traced_flops < 1.3  # no chip does another's work
+    assert "all-gather" in found.collectives and not found.warnings
+    assert "fits with remat none" in describe(found)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v5e:16x16", 256), ("v4:4x4x4", 64), ("v5p:8x8x16", 1024), ("v6e:8x8", 64)]
+)
+def test_slices_have_as_many_devices_as_chips(name, chips):
+    assert len(tpu_devices(name)) == chips
+
+
+@needs_libtpu
+def test_the_rows_of_all_hosts_make_up_the_batch():
+    """On a slice the mesh follows the wiring; whatever its order, every row belongs to the hosts of one device."""
+    mesh = sharding.make_mesh(-1, 4, 1, devices=tpu_devices("v5e:4x4"))
+    places = sharding.batch_sharding(mesh).devices_indices_map((64,))
+    rows = {host: [] for host in {device.process_index for device in places}}
+    for device, (part,) in places.items():
+        rows[device.process_index] += range(*part.indices(64))
+    assert len(rows) > 1 and sorted(sum(rows.values(), [])) == list(range(64))
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:2", "v5e:2xa"])
+def test_a_slice_that_cannot_be_read_is_named(topology):
+    with pytest.raises(ValueError, match=f"--topology={topology}: write kind:shape"):
+        tpu_devices(topology)
+
+
+def test_a_mesh_is_read_from_its_sizes():
+    assert with_mesh(tiny(), "data=-1,fsdp=8").mesh.to_dict() == {"data": -1, "fsdp": 8, "tensor": 1}
+    for wrong in ("dat=3", "data", "data=2;fsdp=2"):
+        with pytest.raises(ValueError, match=f"--mesh={wrong}: write sizes"):
+            with_mesh(tiny(), wrong)
+
+
+def test_a_config_that_cannot_run_on_the_slice_is_refused_before_compiling():
+    with pytest.raises(ConfigError, match="does not fit 8 device"):
+        compile_step(tiny(**{"mesh.fsdp": 3}), "images", jax.devices(), "v5e:2x4")
+
+
+def test_the_abstract_batch_is_that_of_the_stream():
+    config, mesh = tiny(), sharding.make_mesh(devices=jax.devices())
+    batch = abstract_batch(config, "images", mesh)
+    assert batch.pixels.shape == (16, 1, 64, 64, 3) and batch.pixels.dtype == np.uint8
+    assert batch.token_ids.shape == (16, config.data.text_length)
+    assert all(x.sharding == sharding.batch_sharding(mesh) for x in jax.tree.leaves(batch))
+
+
+def test_policies_that_need_less_memory_are_tried_until_one_fits(monkeypatch):
+    def compiled(config, *_):
+        fits = config.model.remat == "full"
+        return findings(remat=config.model.remat, fits=fits, problem="" if fits else "RESOURCE_EXHAUSTED: 33G of 15G")
+
+    monkeypatch.setattr(compile_tpu, "compile_step", compiled)
+    tried = find(tiny(), "images", [], "v5e:2x4", 4)
+    assert [(x.remat, x.fits) for x in tried] == [("none", False), ("dots", False), ("full", True)]
+    assert "does not fit: RESOURCE_EXHAUSTED: 33G of 15G" in describe(tried[0])
+
+
+def test_findings_are_told_in_units_of_people():
+    told = describe(findings(warnings=["Involuntary full rematerialization"]))
+    assert "memory a chip         3.00 GiB of 16.00: arguments 1.00, temporaries 2.00" in told
+    assert "FLOPs a chip         2.500 T compiled, 2.000 T as written" in told
+    assert "all-reduce            16.0 MiB sent a chip by 4" in told
+    assert "warning           Involuntary" in told and told.endswith("fits with remat full")
+
+
+def records(*changes: dict) -> list[dict]:
+    return [dataclasses.asdict(findings(**change)) for change in changes]
+
+
+def test_tables_hold_every_step_and_relate_more_chips_to_the_fewest():
+    more = {"topology": "v5p:2x2x4", "chips": 16, "batch_size": 256, "flops": 2.55e12, "mesh": {"data": 2, "fsdp": 8}}
+    refused = {"topology": "v5e:2x4", "fits": False, "problem": "RESOURCE_EXHAUSTED"}
+    text = scaling_table.document(records({}, more, refused))
+    assert "| pretrain_image | images | v5p:2x2x2 | 8 | fsdp 8 | 128 | full | 1.00 + 2.00 | 3.00 of 16.00 |" in text
+    assert "| refused |" in text
+    assert "| 16 | 256 | 2.550 | +2.0% | 3.00 | +0.0% | 16 |" in text
+
+
+def test_a_step_that_is_recorded_is_not_compiled_again():
+    step = scaling_table.Step("pretrain_image", "images", "v5p:2x2x2", 128, fsdp=8)
+    assert step.is_in(records({})) and not step.is_in(records({"batch_size": 256}))
+    assert {"--mesh=data=-1,fsdp=8", "--config.data.images.batch_size=128"} <= set(step.command("x.jsonl"))
+
+
+def test_plans_are_chosen_by_name_and_number():
+    assert scaling_table.chosen_steps(["weak/0"]) == [scaling_table.PLANS["weak"][0]]
+    assert len(scaling_table.chosen_steps(["sizes", "weak"])) == len(scaling_table.PLANS["sizes"]) + 8
+    for wrong in ("width", "weak/8", "weak/x"):
+        with pytest.raises(ValueError, match=f"--plan={wrong}: choose"):
+            scaling_table.chosen_steps([wrong])

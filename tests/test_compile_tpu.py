@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import toy_run
+from jax.experimental import topologies
 
 from scl_jax import compile_tpu, scaling_table
 from scl_jax.compile_tpu import Findings, abstract_batch, compile_step, describe, find, tpu_devices, with_mesh
@@ -85,6 +86,17 @@ def test_the_rows_of_all_hosts_make_up_the_batch():
     for device, (part,) in places.items():
         rows[device.process_index] += range(*part.indices(64))
     assert len(rows) > 1 and sorted(sum(rows.values(), [])) == list(range(64))
+
+
+@needs_libtpu
+def test_only_data_crosses_from_slice_to_slice():
+    tpu_devices("v5e:4x4")  # sets libtpu up
+    devices = list(topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices)
+    mesh = sharding.make_mesh(-1, 8, 1, devices=devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.shape["data"] == 4 and [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match="config.mesh.data is 1; 2 slices need a multiple of 2"):
+        sharding.make_mesh(1, 32, 1, devices=devices)
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:2", "v5e:2xa"])

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scl_jax.models import parameters
@@ -41,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
     """A ("data", "fsdp", "tensor") mesh; one size may be -1: all devices that the others leave.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of devices.
+        ValueError: sizes that do not multiply to the number of devices, or "data" that does not divide by the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -52,7 +52,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
         raise ValueError(
             f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be their number"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(f"config.mesh.data is {sizes[0]}; {slices} slices need a multiple of {slices}")
+    # between slices there is only the network of the data centre: "data" alone crosses it
+    inside = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

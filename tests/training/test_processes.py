@@ -18,10 +18,10 @@ import toy_run
 from scl_jax.training.checkpoint import Checkpoints
 
 STEPS = 12
-LINKED = "--config.distributed.heartbeat_timeout=10", "--config.distributed.stop_timeout=10"
 SMALL = (
     f"--config.train.steps={STEPS}",
     "--config.train.checkpoint_every=4",
+    "--config.data.videos.share=0.0",
     "--config.evaluate.max_items=8",
     "--config.objectives.group_size=4",
 )
@@ -47,11 +47,12 @@ class Run:
         for index in range(count):
             self.logs.append(workdir.parent / f"{workdir.name}.{attempt}.{index}.log")
             self.records.append(workdir.parent / f"{workdir.name}.{attempt}.{index}.jsonl")
-            together = (f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}", *LINKED)
+            together = (f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}")
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "JAX_COMPILATION_CACHE_DIR": str(toy_run.ROOT / ".pytest_cache/xla"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "RECORD": str(self.records[-1]),
                 "PYTHONPATH": str(toy_run.ROOT),
             }
@@ -147,8 +148,10 @@ def test_sigterm_to_one_of_two_saves_the_same_step_everywhere(data_dir, tmp_path
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_other_with_an_error(data_dir, tmp_path, victim):
-    run = Run(data_dir, tmp_path / "run", 2, 2, "--config.train.steps=5000").until_step(3)
+    options = ("--config.train.steps=5000", "--config.distributed.heartbeat_timeout=20")
+    run = Run(data_dir, tmp_path / "run", 2, 2, *options).until_step(3)
     run.processes[victim].kill()
     survivor = run.processes[1 - victim]
-    assert survivor.wait(40) != 0  # its time-out is 10 s
-    assert "process" in run.logs[1 - victim].read_text()
+    assert survivor.wait(60) not in (0, None)  # well within three time-outs, however busy the machine
+    said = run.logs[1 - victim].read_text()
+    assert "most likely because another process died" in said or "most likely indicates that another task died" in said

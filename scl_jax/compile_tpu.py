@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
             for findings in tried:
                 print(describe(findings), flush=True)
                 if _RECORD.value:
-                    name = Path(flags.FLAGS["config"].config_filename).stem
+                    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
                     with Path(_RECORD.value).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(dataclasses.asdict(findings) | {"config": name}) + "\n")
             fits = fits and tried[0].fits

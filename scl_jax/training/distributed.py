@@ -189,15 +189,22 @@ def connect(processes: Processes | None, *, start_timeout: int, heartbeat_timeou
     Raises:
         RuntimeError: the others did not come within `start_timeout`.
     """
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "initialization_timeout": start_timeout,
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "shutdown_timeout_seconds": stop_timeout,
     }
-    if processes is None:
-        if on_tpu_vm() and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
-            jax.distributed.initialize(**timeouts)
+    if processes is not None:
+        _join(processes, timeouts)
+    elif on_tpu_vm() and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        jax.distributed.initialize(**timeouts)
+    else:
         return
+    # checkpoints, too, meet by way of the first process: a collective of the devices has no patience
+    flags.FLAGS.experimental_orbax_use_distributed_barrier = True
+
+
+def _join(processes: Processes, timeouts: dict[str, Any]) -> None:
     try:
         jax.distributed.initialize(
             processes.coordinator,
@@ -210,11 +217,9 @@ def connect(processes: Processes | None, *, start_timeout: int, heartbeat_timeou
     except RuntimeError as error:
         raise RuntimeError(
             f"process {processes.index} of {processes.count} ({processes.source}) did not meet the others at "
-            f"{processes.coordinator} within {start_timeout} s: are all of them running, can they reach that host and "
-            f"port, and is the number right? {str(error).splitlines()[0]}"
+            f"{processes.coordinator} within {timeouts['initialization_timeout']} s: are all of them running, can they "
+            f"reach that host and port, and is the number right? {str(error).splitlines()[0]}"
         ) from error
-    # checkpoints, too, meet by way of the first process: a collective of the devices has no patience
-    flags.FLAGS.experimental_orbax_use_distributed_barrier = True
 
 
 def meet(name: str, timeout: int) -> None:

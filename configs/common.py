@@ -1,4 +1,4 @@
-"""What the paper's pre-training configs share; not a config itself."""
+"""What configs share: the paper's settings, and a network for a laptop; not a config itself."""
 
 from ml_collections import ConfigDict
 
@@ -23,3 +23,36 @@ def paper() -> ConfigDict:
     config.data.videos.evaluation_datasets = VIDEO_EVALUATION
     config.evaluate.max_items = 1000  # a gallery while training and at the end; 0: the whole split
     return config
+
+
+def laptop(image_size: int, max_frames: int = 1) -> ConfigDict:
+    """A network of width 64 that learns from random weights in CPU minutes, on pictures whose places matter."""
+    config = default_config()
+    model = config.model
+    for part, layers in ((model.vision, 4), (model.text, 2), (model.fusion, 2)):
+        part.update(width=64, layers=layers, heads=2, mlp_width=128)
+    model.vision.update(patch_size=16, image_size=image_size, max_frames=max_frames)
+    model.text.update(vocab_size=0, max_positions=34)
+    model.update(projection_width=64, dropout=0.0, attention_dropout=0.0, dtype="float32")
+
+    data = config.data
+    data.update(text_length=32, threads=2, prefetch=4)
+    for stream in (data.images, data.videos):
+        stream.update(crop_scale=(1.0, 1.0), flip="never")  # captions tell places and directions
+
+    config.optimizer.update(learning_rate=2e-3, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
+    config.evaluate.update(every=0, batch_size=64, rerank=20)
+    config.log.every = 25
+    return config
+
+
+def begin_later(config: ConfigDict, fusion: int, completion: int, ramp: int) -> None:
+    """Objectives enter one after the other, as random weights need it: contrastive, then fusion, completion last.
+
+    Completion at full weight from the first step drowns the rest; it begins with a tenth of its weight.
+    """
+    for name in ("matching", "masked_language"):
+        config.objectives[name].update(start=fusion, ramp=ramp)
+    for name in ("global_vision", "global_text", "local_vision", "local_text"):
+        config.objectives[name].update(start=completion, ramp=ramp)
+        config.objectives[name].weight *= 0.1

@@ -78,7 +78,7 @@ class Findings:
     flops: float = 0.0  # of the compiled program
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # kind → (how many, bytes sent)
     buffers: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)  # (bytes, type, origin)
-    warnings: list[str] = dataclasses.field(default_factory=list)  # of the partitioner
+    warnings: list[str] = dataclasses.field(default_factory=list)  # costly changes of layout; loops counted once
     problem: str = ""  # why it was refused
     seconds: float = 0.0
 
@@ -180,7 +180,7 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         flops=program.flops(),
         collectives=program.collectives(),
         buffers=program.largest(buffers),
-        warnings=warnings,
+        warnings=[*warnings, *(f"counted once, trip count unknown: {loop}" for loop in program.unbounded())],
         seconds=time.perf_counter() - start,
     )
 

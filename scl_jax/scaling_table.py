@@ -114,7 +114,7 @@ def row(record: Record) -> list[str]:
 def table(records: list[Record]) -> str:
     """All steps, as Markdown."""
     head = ["config", "stream", "slice", "chips", "mesh", "batch", "remat", "arguments + temporaries, GiB"]
-    head += ["total, GiB", "TFLOPs a chip (as written)", "MiB sent a chip", "resharding warnings"]
+    head += ["total, GiB", "TFLOPs a chip (as written)", "MiB sent a chip", "warnings"]
     lines = [head, ["---"] * len(head), *(row(record) for record in records)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

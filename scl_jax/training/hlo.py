@@ -1,7 +1,7 @@
 """What a compiled program does, read from its HLO text: matrix FLOPs, collectives, large results, all of one device.
 
 `compiled.cost_analysis()` counts the body of a loop once. Here every computation counts as often as it runs: the body
-of a `while` times its trip count, which is the constant that its condition compares the counter with.
+of a `while` times its trip count, which is the constant that its condition compares the counter with (once where there is none).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Program:
         def visit(name: str, times: int) -> None:
             runs[name] += times
             for instruction in self.computations[name].values():
-                inner = times * self.trip_count(instruction) if instruction.opcode == "while" else times
+                inner = times * (self.trip_count(instruction) or 1) if instruction.opcode == "while" else times
                 for called in _called(instruction):
                     if called in self.computations:
                         visit(called, inner)
@@ -93,12 +93,8 @@ class Program:
         visit(self.entry, 1)
         return dict(runs)
 
-    def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs.
-
-        Raises:
-            ValueError: the condition is not `counter < constant`, so nobody knows.
-        """
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often the body of a `while` runs; None where its condition is not `counter < constant`."""
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
         if known:
             return int(known)
@@ -109,7 +105,15 @@ class Program:
                     bound = condition.get(operand)
                     if bound is not None and bound.opcode == "constant" and bound.operands[:1]:
                         return int(bound.operands[0])
-        raise ValueError(f"the condition of {loop.name} has no constant bound: its trip count is unknown")
+        return None
+
+    def unbounded(self) -> list[str]:
+        """What the loops of unknown trip count do; their bodies count once."""
+        return [
+            instruction.attribute(r'op_name="([^"]*)"') or instruction.name
+            for _, instruction, _ in self._executed()
+            if instruction.opcode == "while" and self.trip_count(instruction) is None
+        ]
 
     def _executed(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
         for name, times in self.runs.items():

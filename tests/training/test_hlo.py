@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from scl_jax.training.flops import count_flops
@@ -59,9 +58,10 @@ def test_the_largest_results_are_in_the_main_memory():
     assert all(kind != "bf16[8,8]" or "fusion" not in origin for _, kind, origin in largest)
 
 
-def test_a_loop_without_a_bound_is_an_error():
-    with pytest.raises(ValueError, match="the condition of loop has no constant bound"):
-        Program(LOOP.replace("direction=LT", "direction=NE")).collectives()
+def test_a_loop_without_a_bound_counts_once_and_is_named():
+    program = Program(LOOP.replace("direction=LT", "direction=NE"))
+    assert program.unbounded() == ["layers"] and program.collectives()["all-reduce"][0] == 1
+    assert Program(LOOP).unbounded() == []
 
 
 def test_flops_are_those_of_the_program_as_written():

@@ -4,8 +4,8 @@ Everything here ends in raw sRGB bytes, uint8 (size, size, 3); normalisation is 
 Random transforms are first *drawn* (`draw_augmentation`) and then *applied* (`augment`), because
 - a JPEG larger than its crop needs is decoded at 1/2, 1/4 or 1/8 scale: the crop must be known before the pixels;
 - every frame of a clip gets the same crop, flip and operations.
-Training offers two resizes (`data.resize`): "bicubic", the paper's, by Pillow, and "fast" (`augment_fast`), which
-costs a fifth of it and gives slightly different pixels. Evaluation is always bicubic.
+Training offers two resizes (`data.resize`): "bicubic", the paper's, by Pillow, and "fast" (`augment_fast`), an
+area filter that costs less and gives slightly other pixels. Evaluation is always bicubic.
 
 Axes: H W pixels.
 """
@@ -220,16 +220,16 @@ def augment(image: Image.Image, drawn: Augmentation) -> UInt8[np.ndarray, "size 
 
 
 def augment_fast(pixels: UInt8[np.ndarray, "H W 3"], drawn: Augmentation) -> UInt8[np.ndarray, "size size 3"]:
-    """`augment` with a cheaper resize: a crop in whole pixels, enlarged by interpolation, then averaged in blocks.
+    """`augment` with a cheaper resize: a crop in whole pixels, interpolated, then averaged in blocks.
 
-    The crop is enlarged (bilinear) to the next multiple of `size`, at least the double, so no pixel is skipped; a
-    pixel of the result is the mean of one block. This is an antialiased area filter at a fifth of bicubic's time.
+    Bilinear interpolation brings the crop to the nearest multiple of `size`, at least the double, where steps are
+    too short (1.25 pixels at most) to skip anything; a pixel of the result is the mean of one block.
     """
     height, width, _ = pixels.shape
     left, top, right, bottom = drawn.box
     crop = pixels[round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
     if crop.shape[:2] != (drawn.size, drawn.size):
-        rows, columns = (drawn.size * max(2, math.ceil(side / drawn.size)) for side in crop.shape[:2])
+        rows, columns = (drawn.size * max(2, round(side / drawn.size)) for side in crop.shape[:2])
         crop = cv2.resize(crop, (columns, rows), interpolation=cv2.INTER_LINEAR)
         crop = cv2.resize(crop, (drawn.size, drawn.size), interpolation=cv2.INTER_AREA)
     if drawn.flip:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scl_jax.models.fusion import FusionConfig
@@ -18,7 +20,10 @@ from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
 from scl_jax.objectives.views import OBJECTIVES, MaskSpec
 from scl_jax.tasks.pretrain import Pretraining, Ramp
+from scl_jax.training import sharding
 from scl_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from scl_jax.training.state import TrainState, state_shardings
+from scl_jax.training.step import make_step
 
 
 def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
@@ -86,3 +91,35 @@ def optimizer_maker(config: ConfigDict) -> Callable[[Params], optax.GradientTran
 def schedule(config: ConfigDict) -> optax.Schedule:
     """The learning rate by step."""
     return make_schedule(optimizer_config(config), config.train.steps)
+
+
+def jit_step(
+    config: ConfigDict,
+    task: Pretraining,
+    mesh: Mesh,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+) -> Any:
+    """The jitted (state, batch, active) → (state, metrics) of a config; its state is donated and keeps its layout.
+
+    `state` may be shapes.
+    """
+    step = make_step(
+        task,
+        graph,
+        tx,
+        schedule(config),
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        dropout=config.model.dropout > 0 or config.model.attention_dropout > 0,
+        ema=config.optimizer.ema,
+    )
+    layout = state_shardings(tx, state.params, mesh, state.ema is not None)
+    return jax.jit(
+        step,
+        static_argnums=2,
+        donate_argnums=0,
+        in_shardings=(layout, sharding.batch_sharding(mesh)),
+        out_shardings=(layout, sharding.replicated(mesh)),
+    )

@@ -28,8 +28,7 @@ from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Schedule, Window, train
-from scl_jax.training.state import TrainState, init_state, state_shardings
-from scl_jax.training.step import make_step
+from scl_jax.training.state import TrainState, init_state
 
 
 class Session:
@@ -182,25 +181,7 @@ class Session:
 
     def jit_step(self, graph: Any, tx: Any, state: TrainState) -> Any:
         """The jitted step of this run; its state is donated and keeps its layout."""
-        config = self.config
-        step = make_step(
-            self.task,
-            graph,
-            tx,
-            build.schedule(config),
-            seed=config.seed,
-            accumulate=config.train.accumulate,
-            dropout=config.model.dropout > 0 or config.model.attention_dropout > 0,
-            ema=config.optimizer.ema,
-        )
-        layout = state_shardings(tx, state.params, self.mesh, state.ema is not None)
-        return jax.jit(
-            step,
-            static_argnums=2,
-            donate_argnums=0,
-            in_shardings=(layout, sharding.batch_sharding(self.mesh)),
-            out_shardings=(layout, sharding.replicated(self.mesh)),
-        )
+        return build.jit_step(self.config, self.task, self.mesh, graph, tx, state)
 
     def report(self, log: RunLog, graph: Any, state: TrainState) -> None:
         """The final evaluation: results.json, the table, and the pictures."""

@@ -130,9 +130,10 @@ def make_step(
             gradient, outputs = whole_batch_gradient(*arguments)
         else:
             gradient, outputs = accumulated_gradient(*arguments, accumulate)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        params = task.constrain(params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            params = task.constrain(params)
         average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}

@@ -1,4 +1,4 @@
-"""Ours against the PyTorch baseline, step by step in turn, each in a process of its own: `python benchmarks/compare.py`.
+"""Ours against the PyTorch baseline, step by step in turn, each in a process of its own.
 
 Both processes make the same network and batch, compile and warm up; then single steps alternate, so that whatever else
 the machine does hits both alike. Prints medians, the ratio, and the peak memory of each process (CPU) or device (GPU).

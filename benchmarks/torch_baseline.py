@@ -45,9 +45,7 @@ class VisionBlock(nn.Module):
         if f == 1:
             return attend(query[:, 0], key[:, 0], value[:, 0], self.heads, None, 0.0)[:, None]
         cls = attend(query[:, :, 0], key.flatten(1, 2), value.flatten(1, 2), self.heads, None, 0.0)
-        patches = attend(
-            query[:, :, 1:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.heads, None, 0.0
-        )
+        patches = attend(query[:, :, 1:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.heads, None, 0.0)
         return torch.cat([cls[:, :, None], patches.unflatten(0, (b, f))], dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +169,9 @@ class Baseline(nn.Module):
         """The weighted sum of the seven losses; `draws` holds this step's masks (`draw`)."""
         frames = pixels.shape[1]
         text, image = self.encode_text(ids, mask), self.encode_image(pixels)
-        contrast = info_nce(self.project_text(text[:, 0]), self.project_image(image[:, :frames].mean(1)), self.temperature)
+        contrast = info_nce(
+            self.project_text(text[:, 0]), self.project_image(image[:, :frames].mean(1)), self.temperature
+        )
 
         x, y = self.fuse(self.encode_text(ids, mask), self.encode_image(pixels[draws["partner"]]), mask)
         pooled = torch.cat([self.text_pooler(x[:, 0]).tanh(), self.image_pooler(y[:, :frames].mean(1)).tanh()], dim=-1)
@@ -184,7 +184,9 @@ class Baseline(nn.Module):
 
         hidden = ids.masked_fill(draws["completion"], self.mask_id)
         full_x, full_y = self.fuse(self.encode_text(hidden, mask), self.encode_image(pixels), mask)
-        dropped_x, dropped_y = self.fuse(self.encode_text(ids, mask), self.encode_image(pixels, kept=draws["kept"]), mask)
+        dropped_x, dropped_y = self.fuse(
+            self.encode_text(ids, mask), self.encode_image(pixels, kept=draws["kept"]), mask
+        )
         completed, target = dropped_y[:, :frames].transpose(0, 1), full_y[:, :frames].detach().transpose(0, 1)
         global_vision = info_nce(completed, target, COMPLETION_TEMPERATURE)
         global_text = info_nce(full_x[:, 0], dropped_x[:, 0].detach(), COMPLETION_TEMPERATURE)
@@ -257,7 +259,9 @@ class Training:
         if device == "cuda" and not self.autocast:
             torch.set_float32_matmul_precision("high")  # TF32, as XLA does by default
         model = Baseline(config.model, config.objectives.group_size).to(device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=2e-5, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
         self.loss: Callable[..., Tensor] = torch.compile(model) if compiled else model
         self.pixels = torch.from_numpy(arrays["pixels"]).to(device)
         self.ids = torch.from_numpy(arrays["token_ids"]).long().to(device)

@@ -89,9 +89,11 @@ def accumulated_gradient(
             (weights[n] * loss.total / jnp.maximum(sums[0][n].weight, 1.0) for n, loss in outputs.losses.items()),
             jnp.zeros([]),
         )
-        through_vectors = jax.tree.map(
-            lambda c, v: jnp.sum(c.astype(jnp.float32) * v), vector_cotangent, outputs.whole_batch.vectors
-        )
+
+        def through(cotangent: Array, vector: Array) -> Array:
+            return jnp.sum(cotangent.astype(jnp.promote_types(cotangent.dtype, jnp.float32)) * vector)
+
+        through_vectors = jax.tree.map(through, vector_cotangent, outputs.whole_batch.vectors)
         through_temperature = cotangents[1] * outputs.whole_batch.temperature / count
         return own + sum(jax.tree.leaves(through_vectors), jnp.zeros([])) + through_temperature
 

@@ -35,7 +35,7 @@ def run(command: str) -> dict[str, Any]:
     if command == "input":
         from scl_jax.benchmark import input as input_benchmark
 
-        return input_benchmark.measure(config, _SECONDS.value)
+        return input_benchmark.measure(config.data, _SECONDS.value)
     if command == "retrieval":
         from scl_jax.benchmark import retrieval
 

@@ -19,13 +19,13 @@ JPEG_SIZE, JPEG_QUALITY = (640, 480), 85
 CLIP_SIZE, CLIP_FRAMES, CLIP_RATE = (640, 360), 150, 25
 
 
-def measure(config: ConfigDict, seconds: float) -> dict[str, Any]:
+def measure(data: ConfigDict, seconds: float) -> dict[str, Any]:
     """Items a second of every stage and of whole examples, for each resize, on the calling thread's processor time.
 
-    `seconds` are spent on each stage. Images are 640×480 JPEGs, clips 640×360 H.264 of 6 s.
+    `data` is `config.data`. `seconds` are spent on each stage. Images are 640×480 JPEGs, clips 640×360 H.264 of 6 s.
     """
-    results = {f"images/{name}": rate for name, rate in _image_rates(config.data.images, seconds).items()}
-    return results | {f"clips/{name}": rate for name, rate in _clip_rates(config.data.videos, seconds).items()}
+    results = {f"images/{name}": rate for name, rate in _image_rates(data.images, seconds).items()}
+    return results | {f"clips/{name}": rate for name, rate in _clip_rates(data.videos, seconds).items()}
 
 
 def _rate(make: Callable[[int], Any], seconds: float) -> float:
@@ -63,11 +63,13 @@ def _image_rates(stream: ConfigDict, seconds: float) -> dict[str, float]:
         drawn = _draw(images.upright_size(opened), stream, i)
         return images.augment_fast(images.load_pixels(data, opened, drawn.sufficient_size()), drawn)
 
+    def pixels(i: int) -> np.ndarray:
+        data = files[i % MEDIA]
+        return images.load_pixels(data, images.open_image(data), JPEG_SIZE)
+
     stages: dict[str, Callable[[int], Any]] = {
         "decode (Pillow)": lambda i: images.load_rgb(images.open_image(files[i % MEDIA])),
-        "decode (libjpeg-turbo)": lambda i: images.load_pixels(
-            files[i % MEDIA], images.open_image(files[i % MEDIA]), JPEG_SIZE
-        ),
+        "decode (libjpeg-turbo)": pixels,
         "draw": lambda i: _draw(JPEG_SIZE, stream, i),
         "crop, bicubic": lambda i: images.augment(decoded[i % MEDIA], _draw(JPEG_SIZE, stream, i)),
         "crop, fast": lambda i: images.augment_fast(arrays[i % MEDIA], _draw(JPEG_SIZE, stream, i)),

@@ -18,11 +18,11 @@ if [[ ${TOY:-} ]]; then
   export JAX_PLATFORMS=cpu test_platforms=cpu
   export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" # compiles sooner
   device=cpu dtype=float32 image_batches="4" video_batches="4" step_batch=4 items=16 repeats=2 seconds=0.2
-  toy=(--debug) config_toy=(--config.debug=true)
+  toy=(--debug) config_toy=(--config.debug=true) tests=(--collect-only)
 else
   export JAX_PLATFORMS=cuda test_platforms=cuda,cpu
   device=cuda dtype=bfloat16 image_batches="128 16 512" video_batches="64 16" step_batch=128 items=2000 repeats=5 seconds=0.5
-  toy=() config_toy=()
+  toy=() config_toy=() tests=()
 fi
 model=(--config.model.dtype="$dtype" --config.model.remat=none "${config_toy[@]}")
 
@@ -43,7 +43,7 @@ for stream in images videos; do
   part "step_$stream" 75 env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" "$python" -m scl_jax.benchmark step \
     --config="$config" --stream="$stream" --batch="$step_batch" --repeats="$repeats" "${model[@]}" --json="$out/step_$stream.json"
 done
-part gpu_tests 75 env JAX_PLATFORMS="$test_platforms" "$python" -m pytest -q -m gpu
+part gpu_tests 75 env JAX_PLATFORMS="$test_platforms" "$python" -m pytest -q -m gpu "${tests[@]}"
 
 for stream in images videos; do
   batches=$image_batches

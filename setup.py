@@ -20,12 +20,14 @@ RUNTIME = [
     "matplotlib>=3.10,<4",
     "ml_collections>=1.1,<2",
     "numpy>=2.1,<3",
+    "opencv-python-headless>=4.11,<6",  # data.resize="fast"
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12,<14",
     "pyarrow>=18",  # own_data reads ViLT's arrow files; tensorflow-datasets brings it along
     "rich>=14,<16",
     "safetensors>=0.6,<1",
+    "simplejpeg>=1.8,<2",  # data.resize="fast"
     "tensorboardX>=2.6.5,<3",  # event files without TensorFlow and without the viewer's web server
     "tensorflow-datasets>=4.9.10,<4.10",  # the shard format only: TensorFlow itself is never imported
     "tokenizers>=0.22,<0.24",

@@ -119,6 +119,7 @@ def _stream(**changes) -> ConfigDict:
             "share": 1.0,  # of the steps that take this stream
             "frames": 1,
             "image_size": 288,
+            "resize": "bicubic",  # of training crops: bicubic | fast (an area filter: slightly other pixels)
             "crop_scale": (0.8, 1.0),
             "flip": "unless_sided",  # never | unless_sided (not when a caption says left or right) | always
             "rand_augment": (0, 0),  # (operations, magnitude)
@@ -378,6 +379,9 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     yield from _unless(
         stream.flip in ("never", "unless_sided", "always"),
         f"{where}.flip is {stream.flip!r}; choose never, unless_sided or always",
+    )
+    yield from _unless(
+        stream.resize in ("bicubic", "fast"), f"{where}.resize is {stream.resize!r}; choose bicubic or fast"
     )
 
 

@@ -58,6 +58,7 @@ def test_the_default_config_with_data_passes():
         ({"data.videos.frames": 9}, r"data.videos.frames is 9, but model.vision.max_frames \(temporal rows\) is 8"),
         ({"data.videos.frames": 0}, "data.videos.frames is 0"),
         ({"data.images.image_size": 32}, "of 4 patches none survives objectives.global_vision.drop_ratio"),
+        ({"data.images.resize": "nearest"}, "data.images.resize is 'nearest'; choose bicubic or fast"),
         ({"data.images.flip": "sometimes"}, "data.images.flip is 'sometimes'; choose never, unless_sided or always"),
         ({"mesh.data": 3}, r"mesh data=3, fsdp=1, tensor=1 does not fit 8 device\(s\)"),
         ({"mesh.fsdp": -1}, "mesh data=-1, fsdp=-1, tensor=1 does not fit 8"),

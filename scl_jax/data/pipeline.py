@@ -148,6 +148,7 @@ class _TrainExample:
         self._size, self._frames = stream.image_size, stream.frames
         self._crop_scale, self._flip = tuple(stream.crop_scale), stream.flip
         self._rand_augment = tuple(stream.rand_augment)
+        self._fast = stream.resize == "fast"
         self._text_length, self._tokenizer = text_length, tokenizer
 
     def __call__(self, record: Record, rng: np.random.Generator) -> NumpyBatch:
@@ -158,13 +159,16 @@ class _TrainExample:
 
     def _pixels(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
         if self._frames > 1 or video.is_video(media):
-            frames = [Image.fromarray(frame) for frame in video.decode_frames(media, self._frames, rng=rng)]
-            drawn = self._draw(frames[0].size, caption, rng)
-        else:
-            opened = images.open_image(media)
-            drawn = self._draw(images.upright_size(opened), caption, rng)
-            frames = [images.load_rgb(opened, drawn.sufficient_size())]
-        return np.stack([images.augment(frame, drawn) for frame in frames])
+            clip = video.decode_frames(media, self._frames, rng=rng)
+            drawn = self._draw((clip.shape[2], clip.shape[1]), caption, rng)
+            if self._fast:
+                return np.stack([images.augment_fast(frame, drawn) for frame in clip])
+            return np.stack([images.augment(Image.fromarray(frame), drawn) for frame in clip])
+        opened = images.open_image(media)
+        drawn = self._draw(images.upright_size(opened), caption, rng)
+        if self._fast:
+            return images.augment_fast(images.load_pixels(media, opened, drawn.sufficient_size()), drawn)[None]
+        return images.augment(images.load_rgb(opened, drawn.sufficient_size()), drawn)[None]
 
     def _draw(self, image_size: tuple[int, int], caption: str, rng: np.random.Generator) -> images.Augmentation:
         return images.draw_augmentation(

@@ -5,6 +5,7 @@ Axes: B batch, D width, J = 2D joint width, E width of the contrastive space, V 
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -48,6 +49,7 @@ class MatchingHead(nnx.Module):
     def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
         self.dense = precision.linear(2 * width, 2, BERT_INIT, rngs)
 
+    @jax.named_scope("matching_head")
     def __call__(self, joint: Float[Array, "B J"]) -> Float[Array, "B 2"]:
         return self.dense(joint)
 
@@ -60,6 +62,7 @@ class MaskedLanguageHead(nnx.Module):
         self.norm = precision.norm(width, 1e-12, rngs)  # BERT's epsilon
         self.decoder = precision.linear(width, vocab_size, BERT_INIT, rngs)
 
+    @jax.named_scope("masked_language_head")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.decoder(self.norm(gelu(self.dense(x))))
 

@@ -56,6 +56,7 @@ class LayerNorm(nnx.LayerNorm):
         )
         self.out_dtype = precision.dtype
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return super().__call__(x).astype(self.out_dtype)
 
@@ -94,6 +95,7 @@ def attention_weights(
     return jax.nn.softmax(logits, axis=-1)
 
 
+@jax.named_scope("attention")
 def attend(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K H d"],
@@ -123,6 +125,7 @@ class Projection(nnx.LinearGeneral):
         )
         self.parts, self.heads = parts, heads
 
+    @jax.named_scope("qkv")
     def __call__(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H d"], ...]:
         y = super().__call__(x)  # (..., parts, H, d)
         return tuple(y[..., part, :, :] for part in range(self.parts))
@@ -150,6 +153,7 @@ class FeedForward(nnx.Module):
         self.down = precision.linear(hidden, width, down_init, rngs)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(self.activation(self.up(x)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
@@ -42,6 +43,7 @@ class SCL(nnx.Module):
         self.matching = MatchingHead(width, precision, rngs)
         self.masked_language = MaskedLanguageHead(width, c.text.vocab_size, precision, rngs)
 
+    @jax.named_scope("vision")
     def encode_image(
         self,
         pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"],
@@ -51,12 +53,14 @@ class SCL(nnx.Module):
         """Visual tokens in the fusion width; see `VisionEncoder.embed` for the two kinds of masking."""
         return self.fusion.image_transform(self.vision(pixels, keep, replaced))
 
+    @jax.named_scope("text")
     def encode_text(
         self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
         """Text tokens in the fusion width."""
         return self.fusion.text_transform(self.text(token_ids, token_mask, key))
 
+    @jax.named_scope("fusion")
     def fuse(
         self,
         text: Float[Array, "B L D"],
@@ -69,10 +73,12 @@ class SCL(nnx.Module):
         """Fuses encoded texts with encoded images or clips of `frames` frames."""
         return self.fusion(text, text_mask, image, frames, key, image_type)
 
+    @jax.named_scope("contrastive_head")
     def project_image(self, image: Float[Array, "B N D"], frames: int) -> Float[Array, "B E"]:
         """Visual tokens → contrastive space, not normalised; the frames' [CLS] are averaged first."""
         return self.contrastive.image(image[:, :frames].mean(axis=1))
 
+    @jax.named_scope("contrastive_head")
     def project_text(self, text: Float[Array, "B L D"]) -> Float[Array, "B E"]:
         """Text tokens → contrastive space, not normalised."""
         return self.contrastive.text(text[:, 0])

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -93,6 +94,7 @@ class Pretraining:
         """The weight of every objective at `step` (traced)."""
         return {name: ramp(step) for name, ramp in self.ramps.items()}
 
+    @jax.named_scope("masks")
     def draw_masks(self, batch: Batch, key: Key[Array, ""]) -> Masks:
         """The masks of a whole batch."""
         _, _, height, width, _ = batch.pixels.shape
@@ -139,6 +141,7 @@ class Pretraining:
         whole_batch = WholeBatch(vectors, batch.weight, model.contrastive.temperature[...])
         return Outputs(losses, accuracies, whole_batch)
 
+    @jax.named_scope("local_completion")
     def local_completion(self, batch: Batch, masks: Masks, fused, active: Collection[str]) -> dict[str, LossSum]:
         """Token-level completion inside groups of samples."""
         groups, _ = group_shape(batch.weight.shape[0], self.masks.group_size)
@@ -164,6 +167,7 @@ class Pretraining:
             )
         return losses
 
+    @jax.named_scope("whole_batch_losses")
     def whole_batch_losses(self, features: WholeBatch) -> dict[str, LossSum]:
         """The losses whose negatives are the whole batch."""
         vectors, weight = features.vectors, features.weight

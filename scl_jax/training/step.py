@@ -89,9 +89,11 @@ def accumulated_gradient(
             (weights[n] * loss.total / jnp.maximum(sums[0][n].weight, 1.0) for n, loss in outputs.losses.items()),
             jnp.zeros([]),
         )
-        through_vectors = jax.tree.map(
-            lambda c, v: jnp.sum(c.astype(jnp.float32) * v), vector_cotangent, outputs.whole_batch.vectors
-        )
+
+        def through(cotangent: Array, vector: Array) -> Array:
+            return jnp.sum(cotangent.astype(jnp.promote_types(cotangent.dtype, jnp.float32)) * vector)
+
+        through_vectors = jax.tree.map(through, vector_cotangent, outputs.whole_batch.vectors)
         through_temperature = cotangents[1] * outputs.whole_batch.temperature / count
         return own + sum(jax.tree.leaves(through_vectors), jnp.zeros([])) + through_temperature
 
@@ -130,9 +132,10 @@ def make_step(
             gradient, outputs = whole_batch_gradient(*arguments)
         else:
             gradient, outputs = accumulated_gradient(*arguments, accumulate)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        params = task.constrain(params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            params = task.constrain(params)
         average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}

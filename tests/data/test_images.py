@@ -210,6 +210,59 @@ def test_a_flip_mirrors_the_crop():
     np.testing.assert_array_equal(images.augment(gradient(), drawn), images.augment(gradient(), mirrored)[:, ::-1])
 
 
+def photograph(width: int = 200, height: int = 150) -> Image.Image:
+    """Smooth patches with texture."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    return Image.fromarray(np.clip(smooth + rng.normal(0, 8, (height, width, 1)), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("box", [(0.1, 0.2, 0.8, 0.9), (0, 0, 1, 1), (0.4, 0.4, 0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_fast_resize_gives_nearly_the_bicubic_pixels(box, flip):
+    image, drawn = photograph(), images.Augmentation(box, flip, (), 64)
+    fast = images.augment_fast(np.asarray(image), drawn)
+    assert fast.shape == (64, 64, 3) and fast.dtype == np.uint8
+    assert np.abs(fast.astype(int) - images.augment(image, drawn)).mean() < 3
+
+
+@pytest.mark.parametrize("scale", [1.5, 2, 3.5, 7])
+def test_the_fast_resize_does_not_alias(scale):
+    """A checkerboard finer than the output's pixels becomes grey; nearest or bilinear sampling leaves a pattern."""
+    side = round(64 * scale)
+    board = ((np.add.outer(np.arange(side), np.arange(side)) % 2) * 255).astype(np.uint8)
+    whole = images.Augmentation((0, 0, 1, 1), False, (), 64)
+    assert images.augment_fast(np.repeat(board[..., None], 3, axis=2), whole).std() < 10 < board[:64, :64].std()
+
+
+def test_fast_operations_are_those_of_the_bicubic_path():
+    image = photograph(64, 64)
+    drawn = images.Augmentation((0, 0, 1, 1), True, draw_operations(2, 9, np.random.default_rng(3)), 64)
+    np.testing.assert_array_equal(images.augment_fast(np.asarray(image), drawn), images.augment(image, drawn))
+
+
+@pytest.mark.parametrize("at_least", [(100.0, 75.0), (180.0, 150.0), (40.0, 30.0), (999.0, 999.0)], ids=str)
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "progressive", "turned", "PNG", "4:4:4"])
+def test_pixels_are_the_same_bytes_whichever_decoder_reads_them(kind, at_least):
+    image, options = photograph(), {"quality": 90}
+    if kind in ("L", "CMYK"):
+        image = image.convert(kind)
+    if kind == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    options |= {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
+    data = encode(image, "PNG") if kind == "PNG" else encode(image, "JPEG", **options)
+    pixels = images.load_pixels(data, images.open_image(data), at_least)
+    np.testing.assert_array_equal(pixels, np.asarray(images.load_rgb(images.open_image(data), at_least)))
+
+
+def test_a_truncated_jpeg_is_an_error_for_either_decoder():
+    data = encode(photograph(), "JPEG")[:-2000]
+    with pytest.raises(ValueError, match="cannot decode JPEG"):
+        images.load_pixels(data, images.open_image(data), (200, 150))
+
+
 def test_evaluation_resizes_the_whole_picture():
     square = images.resize_square(gradient(), 20)
     assert square.shape == (20, 20, 3)

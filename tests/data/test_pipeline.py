@@ -102,6 +102,15 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_the_resize_decides_nothing_but_pixels(data):
+    bicubic = take(iterator(data), 8)
+    for stream in (data.images, data.videos):
+        stream.resize = "fast"
+    for one, other in zip(take(iterator(data), 8), bicubic, strict=True):
+        assert one.pop("pixels").shape == other.pop("pixels").shape
+        assert_same([one], [other])
+
+
 def test_batches_have_the_fields_of_batch_and_alternate_by_share(data):
     batches = take(iterator(data), 8)
     assert [batch["stream"] for batch in batches].count("videos") == 2

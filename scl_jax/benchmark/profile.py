@@ -1,0 +1,85 @@
+"""Where the time of a compiled step goes: a trace of the device, summed by the named scopes of the program.
+
+The trace names instructions of the compiled program; the program's text says which scope each comes from. A fusion
+counts for the scope of its last instruction.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+
+# `jax.named_scope`s of the step: parts, and what is inside the three encoders
+PARTS = (
+    "vision",
+    "text",
+    "fusion",
+    "contrastive_head",
+    "matching_head",
+    "masked_language_head",
+    "local_completion",
+    "whole_batch_losses",
+    "masks",
+    "optimizer",
+)
+INNER = ("qkv", "attention", "mlp", "norm")
+_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
+_INNER = re.compile(rf"\b({'|'.join(INNER)})\b")
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
+_CONTAINERS = re.compile(r"(while|call|conditional)[.\d]*$")  # their instructions are listed one by one
+
+
+def scope_of(op_name: str) -> str:
+    """The scope in an instruction's name: "vision/attention backward"; "other" outside of every scope."""
+    part, inner = _PART.search(op_name), _INNER.findall(op_name)
+    name = part.group() if part else "other"
+    if part and inner:
+        name += f"/{inner[-1]}"
+    return f"{name} backward" if "transpose(" in op_name else name
+
+
+def scopes_of_program(text: str) -> dict[str, str]:
+    """Instruction → scope, from the text of a compiled program."""
+    return {name: scope_of(op_name) for name, op_name in _INSTRUCTION.findall(text)}
+
+
+def seconds_by_scope(step: Callable[[], Any], program: str, steps: int = 3) -> dict[str, float]:
+    """Device seconds of one call of `step` by scope, the longest first; on several threads or devices, their sum.
+
+    Args:
+        step: runs the compiled program once and waits for it.
+        program: the text of the compiled program.
+    """
+    scopes = scopes_of_program(program)
+    totals: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                step()
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for instruction, seconds in _instructions(ProfileData.from_file(str(file))):
+                if not _CONTAINERS.match(instruction):
+                    totals[scopes.get(instruction, "other")] += seconds / steps
+    return dict(totals.most_common())
+
+
+def _instructions(profile: ProfileData) -> Iterator[tuple[str, float]]:
+    """(instruction, seconds) of everything that a device ran: on the lines of an accelerator, else of host threads."""
+    planes = list(profile.planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:") and list(plane.lines)]
+    for plane in devices or planes:
+        lines = list(plane.lines)
+        # a line "XLA Ops" sums up what the streams' lines tell, so only one kind is read
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        for line in streams or lines:
+            for event in line.events:
+                name = next((value for key, value in event.stats if key == "hlo_op"), None)
+                if name is not None:
+                    yield str(name), event.duration_ns / 1e9

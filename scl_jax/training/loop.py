@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from scl_jax.tasks.pretrain import Pretraining
+from scl_jax.tasks.task import Task
 from scl_jax.training.checkpoint import Checkpoints
 from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
@@ -161,7 +161,7 @@ class Speed:
 
 
 def train(
-    task: Pretraining,
+    task: Task,
     step_function: Callable,
     state: TrainState,
     iterator: Any,

@@ -42,13 +42,13 @@ def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:
     return lambda rngs: SCL(sizes, rngs)
 
 
-def pretraining(config: ConfigDict, mask_id: int) -> Pretraining:
-    """The pre-training task; `mask_id` is the tokenizer's."""
+def pretraining(config: ConfigDict, vocab_size: int, mask_id: int) -> Pretraining:
+    """The pre-training task; `vocab_size` and `mask_id` are the tokenizer's, the model's table may have more rows."""
     o, old = config.objectives, config.reference_behaviour
     return Pretraining(
         ramps={name: Ramp(o[name].weight, o[name].start, o[name].ramp) for name in OBJECTIVES},
         masks=MaskSpec(
-            vocab_size=config.model.text.vocab_size,
+            vocab_size=vocab_size,
             mask_id=mask_id,
             drop_ratio=o.global_vision.drop_ratio,
             replace_ratio=o.local_vision.replace_ratio,

@@ -32,7 +32,7 @@ def default_config() -> ConfigDict:
     config.train = _train()
     config.evaluate = _evaluate()
     config.log = _log()
-    return config
+    return config.lock()  # an unknown key is an error in a config file, too
 
 
 def _model() -> ConfigDict:
@@ -113,6 +113,7 @@ def _stream(**changes) -> ConfigDict:
     stream = ConfigDict(
         {
             "datasets": ("",),  # "toy_world/images", "own_data/my_set"; empty: this stream is off
+            "evaluation_datasets": ("",),  # whose validation and test splits are evaluated; empty: `datasets`
             "batch_size": 4096,  # of one optimizer step, over all devices
             "share": 1.0,  # of the steps that take this stream
             "frames": 1,
@@ -181,6 +182,7 @@ def _evaluate() -> ConfigDict:
             "split": "validation",  # while training
             "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
+            "equal_captions": False,  # a caption finds every item with the same caption; published recalls: its own
             "rerank": 128,  # candidates of a query re-scored with the matching head; 0: contrastive only
         }
     )
@@ -223,7 +225,8 @@ def _shrink(config: ConfigDict) -> None:
     for objective in config.objectives.values():
         if isinstance(objective, ConfigDict):
             objective.update(start=0, ramp=0)
-    config.train.update(steps=20, checkpoint_every=10)
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.train.update(steps=20, checkpoint_every=10, accumulate=1)
     config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
     config.log.every = 5
 

@@ -24,6 +24,7 @@ from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.evaluation.ranking import Ranking
 from scl_jax.models import parameters
+from scl_jax.partition import on_mesh
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.logging import RunLog
@@ -47,7 +48,7 @@ class Session:
         check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
-        self.task = build.pretraining(self.config, self.tokenizer.mask_id)
+        self.task = build.pretraining(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
         self.is_main = jax.process_index() == 0
         self.initial_notes: list[str] = []
 
@@ -90,7 +91,7 @@ class Session:
         return {
             name: evaluation_set(
                 data[name],
-                data[name].datasets,
+                data[name].evaluation_datasets if any(data[name].evaluation_datasets) else data[name].datasets,
                 split,
                 data_dir=data.dir,
                 text_length=data.text_length,
@@ -107,7 +108,14 @@ class Session:
         e = self.config.evaluate
         sets = self.evaluation_sets(split)
         return PretrainingEvaluation(
-            graph, self.task, self.mesh, sets, batch_size=e.batch_size, rerank=e.rerank, seed=self.config.seed
+            graph,
+            self.task,
+            self.mesh,
+            sets,
+            batch_size=e.batch_size,
+            rerank=e.rerank,
+            equal_captions=e.equal_captions,
+            seed=self.config.seed,
         )
 
     def open_log(self, resume_step: int | None) -> RunLog:
@@ -195,7 +203,7 @@ class Session:
         )
         layout = state_shardings(tx, state.params, self.mesh, state.ema is not None)
         return jax.jit(
-            step,
+            on_mesh(self.mesh, step),
             static_argnums=2,
             donate_argnums=0,
             in_shardings=(layout, sharding.batch_sharding(self.mesh)),

@@ -161,7 +161,6 @@ def test_a_value_of_the_wrong_type_is_an_error(parse, override):
         parse(override)
 
 
-@pytest.mark.xfail(strict=True, reason="default_config() is not locked")
 def test_unknown_keys_in_a_config_file_are_errors():
     config = default_config()
     with pytest.raises(AttributeError):

@@ -69,7 +69,7 @@ def test_a_config_passes_its_checks_on_the_devices_it_is_for(name):
 @pytest.mark.parametrize("name", FILES)
 def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
     config = finalized(name)
-    task = build.pretraining(config, mask_id=4)
+    task = build.pretraining(config, vocab_size=config.model.text.vocab_size, mask_id=4)
     assert task.active(config.train.steps) == OBJECTIVES
     graph, params = parameters.abstract(build.model_maker(config))
     tx = build.optimizer_maker(config)(params)

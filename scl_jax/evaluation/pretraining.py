@@ -19,6 +19,7 @@ from scl_jax.models import parameters
 from scl_jax.models.heads import unit
 from scl_jax.models.parameters import Params
 from scl_jax.objectives.views import named_key
+from scl_jax.partition import on_mesh
 from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training.sharding import global_batch
 from scl_jax.types import Batch, LossSum
@@ -30,6 +31,7 @@ class PretrainingEvaluation:
     Args:
         sets: by stream name, "images" or "videos".
         rerank: candidates of a query that the matching head re-scores; 0: contrastive similarity only.
+        equal_captions: whether a caption finds every item that has it, not its own alone.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class PretrainingEvaluation:
         batch_size: int,
         rerank: int,
         seed: int,
+        equal_captions: bool = False,
     ):
         self.sets = sets
         self._mesh = mesh
-        self._batch_size, self._rerank = batch_size, rerank
+        self._batch_size, self._rerank, self._equal_captions = batch_size, rerank, equal_captions
         # accuracy is told on evenly drawn negatives, whatever training uses, so that runs compare
         task = dataclasses.replace(task, masks=dataclasses.replace(task.masks, hard_negatives=0.0))
         self._key = named_key(jax.random.key(seed), "evaluation")
@@ -71,8 +74,10 @@ class PretrainingEvaluation:
             model = parameters.merge(graph, params)
             return task.features(model, batch, masks, ("matching", "masked_language"), None).accuracies
 
-        self._encode_items, self._encode_texts = jax.jit(encode_items), jax.jit(encode_texts)
-        self._log_odds, self._accuracies = jax.jit(log_odds, static_argnums=4), jax.jit(accuracies)
+        self._encode_items = jax.jit(on_mesh(mesh, encode_items))
+        self._encode_texts = jax.jit(on_mesh(mesh, encode_texts))
+        self._log_odds = jax.jit(on_mesh(mesh, log_odds), static_argnums=4)
+        self._accuracies = jax.jit(on_mesh(mesh, accuracies))
 
     def __call__(self, params: Params) -> tuple[dict[str, float], dict[str, Ranking]]:
         """Flat metrics as in results.json, and the ranking of each stream."""
@@ -118,6 +123,7 @@ class PretrainingEvaluation:
             temperature=float(params["contrastive"]["temperature"]),
             batch_size=self._batch_size,
             item="image" if stream == "images" else "video",
+            captions=examples.captions if self._equal_captions else None,
         )
 
     def _encode(

@@ -9,7 +9,8 @@ Axes: T texts, I items, D width of the contrastive space, K candidates a query, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -53,6 +54,7 @@ def rank(
     combine: Literal["sum", "matching"] = "sum",
     batch_size: int = 256,
     item: Literal["image", "video"] = "image",
+    captions: Sequence[str] | None = None,
 ) -> Ranking:
     """Text → item and item → text retrieval over one gallery.
 
@@ -65,6 +67,8 @@ def rank(
         combine: candidates are ordered by log P(pair) + similarity / temperature ("sum") or log P(pair) ("matching").
         batch_size: pairs a call of `score_pairs`; the last batch is padded.
         item: names the metrics; those of videos go under `retrieval/video/`.
+        captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own item
+            only, which is the default.
 
     Returns:
         Metrics such as `retrieval/text_to_image/recall@1`, `retrieval/mean_recall`, their contrastive-only
@@ -75,6 +79,7 @@ def rank(
     """
     text_items = np.asarray(text_items, int)
     item_texts = _texts_of_items(text_items, len(item_features))
+    right_items, right_texts = _right_answers(text_items, item_texts, captions)
     similarity = contrastive_scores(text_features, item_features)  # (T, I)
     candidates = (top_candidates(similarity, rerank), top_candidates(similarity.T, rerank))  # (T, K), (I, K)
     odds, pairs_scored = (None, None), 0
@@ -86,8 +91,8 @@ def rank(
     metrics: dict[str, float] = {}
     tops = []
     directions = (
-        (f"text_to_{item}", similarity, text_items, candidates[0], odds[0]),
-        (f"{item}_to_text", similarity.T, item_texts, candidates[1], odds[1]),
+        (f"text_to_{item}", similarity, right_items, candidates[0], odds[0]),
+        (f"{item}_to_text", similarity.T, right_texts, candidates[1], odds[1]),
     )
     for direction, scores, targets, chosen, chosen_odds in directions:
         final = partial(_final_rows, scores, chosen, chosen_odds, temperature, combine)
@@ -151,6 +156,20 @@ def _texts_of_items(text_items: Int[np.ndarray, " T"], items: int) -> list[Int[n
             f"{len(silent)} items have no text, the first is item {silent[0]}: leave them out of the gallery"
         )
     return texts
+
+
+def _right_answers(
+    text_items: Int[np.ndarray, " T"], item_texts: list[Int[np.ndarray, " R"]], captions: Sequence[str] | None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The right items of every text and the right texts of every item."""
+    if captions is None:
+        return list(text_items[:, None]), item_texts
+    alike: dict[str, list[int]] = defaultdict(list)
+    for text, caption in enumerate(captions):
+        alike[caption].append(text)
+    right_items = [np.unique(text_items[alike[caption]]) for caption in captions]
+    right_texts = [np.unique(np.concatenate([alike[captions[text]] for text in own])) for own in item_texts]
+    return right_items, right_texts
 
 
 def _score_candidates(

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from scl_jax.partition import split_batch
+
 BERT_INIT = nnx.initializers.normal(0.02)
 
 
@@ -266,13 +268,13 @@ class Stack(nnx.Module):
 
         def body(carry, xs):
             layer_parameters, layer_key = xs
-            y = apply(nnx.merge(graph, layer_parameters), carry, layer_key)
+            y = split_batch(apply(nnx.merge(graph, layer_parameters), carry, layer_key))
             return y, (y if return_layers else None)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         keys = None if key is None else jax.random.split(key, self.depth)
-        x, layers = jax.lax.scan(body, x, (parameters, keys))
+        x, layers = jax.lax.scan(body, split_batch(x), (parameters, keys))
         return (x, layers) if return_layers else x
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.layers import BERT_INIT, PostNormConfig, PostNormLayer, Precision, Stack, dropout, split_key
+from scl_jax.partition import split_batch, whole
 
 PAD_ID = 1  # RoBERTa's; padding takes position 1, the first token position 2
 
@@ -30,6 +31,12 @@ class TextConfig:
     attention_dropout: float = 0.1
     remat: str = "none"
     epsilon: float = 1e-5  # RoBERTa's
+
+
+def look_up(table: nnx.Embed, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Rows `ids` of an embedding table, in the type of activations."""
+    rows = whole(table.embedding[...].astype(table.dtype))
+    return split_batch(jnp.take(rows, ids, axis=0))  # an id past the end gives NaN, not another word
 
 
 class TextEncoder(nnx.Module):
@@ -60,8 +67,8 @@ class TextEncoder(nnx.Module):
         """Word + position + segment embeddings, LayerNorm, dropout."""
         real = (token_ids != PAD_ID).astype(jnp.int32)
         positions = jnp.cumsum(real, axis=1) * real + PAD_ID
-        x = self.word_embedding(token_ids) + self.segment_embedding(jnp.zeros_like(token_ids))
-        return dropout(self.norm(x + self.position_embedding(positions)), self.dropout, key)
+        x = look_up(self.word_embedding, token_ids) + look_up(self.segment_embedding, jnp.zeros_like(token_ids))
+        return dropout(self.norm(x + look_up(self.position_embedding, positions)), self.dropout, key)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from scl_jax.models.heads import unit
 from scl_jax.objectives.contrastive import info_nce
+from scl_jax.partition import split_batch
 from scl_jax.types import LossSum
 
 
@@ -28,7 +29,7 @@ def local_text_loss(
     """InfoNCE among the masked text tokens of each of `groups` groups of neighbouring samples."""
 
     def grouped(x):  # (B, T, …) → (G, B/G · T, …)
-        return x.reshape(groups, -1, *x.shape[2:])
+        return split_batch(x.reshape(groups, -1, *x.shape[2:]))
 
     token_weight = valid * weight[:, None]
     return info_nce(
@@ -48,7 +49,7 @@ def local_vision_loss(
 
     def grouped(x):  # (B, F, R, D) → (G, F, B/G · R, D)
         x = x.reshape(groups, b // groups, f, r, d)
-        return jnp.swapaxes(x, 1, 2).reshape(groups, f, -1, d)
+        return split_batch(jnp.swapaxes(x, 1, 2).reshape(groups, f, -1, d))
 
     token_weight = jnp.broadcast_to(weight.reshape(groups, 1, b // groups, 1), (groups, f, b // groups, r))
     return info_nce(

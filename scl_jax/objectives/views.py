@@ -28,6 +28,7 @@ from scl_jax.models.fusion import Fused
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
+from scl_jax.partition import split_batch
 from scl_jax.types import Batch
 
 OBJECTIVES = (
@@ -119,7 +120,7 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
     )
     language_ids = corrupt(named_key(key, "language_ids"), batch.token_ids, language_slots, language_valid, spec)
     slots, valid = draw_completion_tokens(named_key(key, "completion"), batch.word_ids, spec.text_ratio)
-    is_pair, partner, noise = draw_partners(named_key(key, "matching"), batch.item_id, batch.weight, spec.group_size)
+    is_pair, partner, noise = draw_partners(named_key(key, "matching"), batch, spec.group_size)
     masks = Masks(
         keep=keep,
         replaced=replaced,
@@ -217,22 +218,25 @@ def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:
 
 
 def draw_partners(
-    key: Key[Array, ""], item_id: Int[Array, " B"], weight: Float[Array, " B"], group_size: int
+    key: Key[Array, ""], batch: Batch, group_size: int
 ) -> tuple[Bool[Array, " B"], Int[Array, " B"], Float[Array, "B size"]]:
-    """Half of a group keeps its image, the others get that of another member: never the same item, never padding.
+    """Half of a group keeps its image, the others get that of another member, which the text does not describe.
 
-    A sample without such a member keeps its own image and is a true pair.
+    That is never the same item, never one with the same text, never padding. A sample without such a member keeps its
+    own image and is a true pair.
 
     Returns:
         is_pair: whether the image is the text's own.
         partner: index within the group of the sample whose image is taken.
         noise: what chose the partner (the largest wins), -inf where a member cannot be the partner.
     """
-    groups, size = group_shape(item_id.shape[0], group_size)
+    groups, size = group_shape(batch.item_id.shape[0], group_size)
     half_key, partner_key = jax.random.split(key)
     keeps = jnp.argsort(jnp.argsort(jax.random.uniform(half_key, (groups, size)), axis=1), axis=1) < (size + 1) // 2
-    items, real = item_id.reshape(groups, size), weight.reshape(groups, size) > 0
-    allowed = (items[:, :, None] != items[:, None, :]) & real[:, None, :]
+    items, real = batch.item_id.reshape(groups, size), batch.weight.reshape(groups, size) > 0
+    texts = batch.token_ids.reshape(groups, size, -1)
+    same_text = (texts[:, :, None] == texts[:, None, :]).all(axis=-1)
+    allowed = (items[:, :, None] != items[:, None, :]) & ~same_text & real[:, None, :]
     noise = jnp.where(allowed, jax.random.gumbel(partner_key, allowed.shape), -jnp.inf)
     is_pair = keeps | ~allowed.any(axis=2)
     partner = jnp.where(is_pair, jnp.arange(size)[None], jnp.argmax(noise, axis=2))
@@ -256,12 +260,12 @@ def harden_partners(
 def interleave(views: list[Array]) -> Array:
     """V arrays (B, …) → (B·V, …), the views of a sample next to each other."""
     x = jnp.stack(views, axis=1)
-    return x.reshape(-1, *x.shape[2:])
+    return split_batch(x.reshape(-1, *x.shape[2:]))
 
 
 def separate(x: Array, count: int) -> list[Array]:
     """(B·V, …) → V arrays (B, …), undoing `interleave`."""
-    x = x.reshape(-1, count, *x.shape[1:])
+    x = split_batch(x.reshape(-1, count, *x.shape[1:]))
     return [x[:, view] for view in range(count)]
 
 

@@ -16,9 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
+from scl_jax.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(BATCH_AXES)
 LAYER = None  # the leading axis of stacked layers is never split
 
 # dotted path → mesh axis of each dimension; the first match counts, and every parameter matches one

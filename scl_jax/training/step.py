@@ -137,7 +137,7 @@ def make_step(
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}
         metrics["loss/total"] = weighted_total(outputs.losses, weights)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         if "contrastive" in params:
             metrics["temperature"] = params["contrastive"]["temperature"]

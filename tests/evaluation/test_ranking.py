@@ -52,6 +52,16 @@ def test_metrics_equal_brute_force(rerank, combine):
             assert result.metrics[f"retrieval/contrastive/{name}/recall@{k}"] == pytest.approx(expected)
 
 
+def test_equal_captions_find_one_anothers_items_when_asked():
+    """Items 0 and 1 share a caption; its features are nearest to item 1."""
+    items = np.eye(3, dtype=np.float32)
+    texts = np.array([[0.6, 0.8, 0], [0.5, 0.9, 0], [0, 0, 1]], np.float32)
+    own = rank(texts, items, np.arange(3)).metrics
+    assert own["retrieval/text_to_image/recall@1"] == pytest.approx(2 / 3)
+    alike = rank(texts, items, np.arange(3), captions=["a star", "a star", "a cross"]).metrics
+    assert alike["retrieval/text_to_image/recall@1"] == alike["retrieval/image_to_text/recall@1"] == 1.0
+
+
 def test_mean_recall_is_the_mean_of_the_six_recalls():
     texts, items, text_items, odds = gallery()
     metrics = rank(texts, items, text_items, score_pairs=lambda t, i: odds[t, i], rerank=8).metrics

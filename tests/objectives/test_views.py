@@ -214,13 +214,18 @@ def test_what_is_not_chosen_stays():
         assert set(changed) <= set(chosen_positions(masks.language_slots, masks.language_valid, row))
 
 
-match = jax.jit(draw_partners, static_argnums=3)
+match = jax.jit(draw_partners, static_argnums=2)
 
 
-def partners(item_id, weight=None, group_size: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    weight = np.ones(len(item_id)) if weight is None else weight
-    drawn = match(jax.random.key(seed), jnp.asarray(item_id), jnp.asarray(weight), group_size)
-    is_pair, partner, _ = map(np.asarray, drawn)
+def partners(item_id, weight=None, group_size: int = 16, seed: int = 0, texts=None) -> tuple[np.ndarray, np.ndarray]:
+    """Every text differs, unless `texts` numbers them."""
+    size = len(item_id)
+    batch = make_batch(np.full(size, 3), item_id=item_id)
+    numbers = jnp.arange(size) if texts is None else jnp.asarray(texts)
+    batch = batch.replace(token_ids=batch.token_ids.at[:, 1].set(numbers))
+    if weight is not None:
+        batch = batch.replace(weight=jnp.asarray(weight, jnp.float32))
+    is_pair, partner, _ = map(np.asarray, match(jax.random.key(seed), batch, group_size))
     return is_pair, partner
 
 
@@ -242,6 +247,17 @@ def test_partners_are_never_the_same_item_never_padding_always_inside_the_group(
         assert (items[other] != items)[~is_pair].all()
         assert (weight[other] > 0)[~is_pair].all()
         np.testing.assert_array_equal(other[is_pair], np.arange(64)[is_pair])
+
+
+def test_an_image_with_the_same_text_is_never_the_other_image():
+    """Two pictures of one caption: the caption is true of both."""
+    texts = np.random.default_rng(0).integers(0, 4, 64)
+    for seed in range(10):
+        is_pair, partner = partners(np.arange(64), seed=seed, texts=texts)
+        other = np.repeat(np.arange(0, 64, 16), 16) + partner
+        assert (texts[other] != texts)[~is_pair].all()
+    is_pair, _ = partners(np.arange(16), texts=np.zeros(16, int))
+    assert is_pair.all()
 
 
 def test_every_other_member_is_as_likely_a_partner():

@@ -23,6 +23,7 @@ from scl_jax.training.sharding import global_batch
 from scl_jax.training.state import TrainState
 from scl_jax.types import Batch
 
+BATCH_FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
 Evaluate = Callable[[TrainState], dict[str, float]]
 
 
@@ -35,10 +36,13 @@ class Schedule:
     checkpoint_every: int
     evaluate_every: int
     profile: tuple[int, int] = (0, 0)
+    evaluate_last: bool = False  # so that the last step takes part in the choice of the best
 
     def evaluates(self, step: int) -> bool:
         """Whether step number `step` is followed by an evaluation."""
-        return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
+        if step >= self.steps:
+            return self.evaluate_last
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def saves(self, step: int) -> bool:
         """Whether step number `step` is followed by a checkpoint."""
@@ -91,7 +95,8 @@ class Feed:
         arrays = next(self._iterator)
         self.waited += time.perf_counter() - start
         stream = arrays.pop("stream")
-        self._next = (stream, Batch(**global_batch(arrays, self._mesh)), self._iterator.get_state())
+        fields = {name: arrays[name] for name in BATCH_FIELDS if name in arrays}  # ids of examples stay on the host
+        self._next = (stream, Batch(**global_batch(fields, self._mesh)), self._iterator.get_state())
 
     def take(self) -> tuple[str, Batch, dict[str, Any]]:
         """(stream, batch, state of the iterator after this batch)."""

@@ -63,8 +63,8 @@ def check_task(config: ConfigDict) -> Iterator[str]:
         r = config.retrieval
         if not 1 <= r.others < r.group_size:
             yield (
-                f"retrieval.others is {r.others}: at least 1, and fewer than the retrieval.group_size of {r.group_size} "
-                "samples they are found among"
+                f"retrieval.others is {r.others}; it must be at least 1, and below retrieval.group_size, "
+                f"the {r.group_size} samples they are found among"
             )
         if not 0 <= r.hard_negatives <= r.others:
             yield f"retrieval.hard_negatives is {r.hard_negatives}; it counts some of the {r.others} retrieval.others"

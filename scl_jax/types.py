@@ -5,6 +5,8 @@ Axes: B batch, F frames (1 for an image), H W pixels, L text tokens, A answers, 
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -33,6 +35,9 @@ class Batch:
     # retrieval: texts of other images, as the reference draws them; None: those of the same group
     other_ids: Int[Array, "B O L"] | None = None
     other_mask: Bool[Array, "B O L"] | None = None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Batch))  # what data sets give besides stays on the host
 
 
 @flax.struct.dataclass

@@ -61,6 +61,7 @@ class Record:
     item_id: int
     origin: str  # "toy_world/images, split train, record 17 (id 'scene-17')"
     extra: Mapping[str, Any] = field(default_factory=dict)  # what the data set has besides
+    name: str = ""  # the owner's id
 
     def caption(self, index: int) -> str:
         """The caption of this index; RecordError when it is empty."""
@@ -100,7 +101,7 @@ class Records:
         raw = self._sources[which][local]
         origin = f"{self._names[which]}, split {self._split}, record {local} (id {raw['id']!r})"
         extra = {key: value for key, value in raw.items() if key not in ("id", "media", "captions")}
-        return Record(raw["media"], raw["captions"], item_id, origin, extra)
+        return Record(raw["media"], raw["captions"], item_id, origin, extra, raw["id"])
 
     def text_counts(self) -> list[int]:
         """How many texts each record has."""
@@ -354,6 +355,10 @@ class EvaluationSet:
     def pairs(self) -> Iterator[NumpyBatch]:
         """Batches with all fields of `scl_jax.types.Batch`: every item once, with its first caption."""
         return self._rows.batches(self.num_items, self._pair)
+
+    def name(self, item: int) -> str:
+        """The owner's id of an item."""
+        return self._record(item).name
 
     def frames(self, item: int) -> UInt8[np.ndarray, "F H W 3"]:
         """The pixels of one item as the model sees them, for retrieval sheets."""

@@ -21,9 +21,8 @@ from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
 from scl_jax.training.sharding import global_batch
 from scl_jax.training.state import TrainState
-from scl_jax.types import Batch
+from scl_jax.types import FIELDS, Batch
 
-BATCH_FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
 Evaluate = Callable[[TrainState], dict[str, float]]
 
 
@@ -95,7 +94,7 @@ class Feed:
         arrays = next(self._iterator)
         self.waited += time.perf_counter() - start
         stream = arrays.pop("stream")
-        fields = {name: arrays[name] for name in BATCH_FIELDS if name in arrays}  # ids of examples stay on the host
+        fields = {name: arrays[name] for name in FIELDS if name in arrays}
         self._next = (stream, Batch(**global_batch(fields, self._mesh)), self._iterator.get_state())
 
     def take(self) -> tuple[str, Batch, dict[str, Any]]:

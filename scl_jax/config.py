@@ -170,6 +170,7 @@ def _train() -> ConfigDict:
     return ConfigDict(
         {
             "steps": 100_000,
+            "epochs": 0,  # above 0: steps follow from the size of the data; for one stream
             "accumulate": 1,  # micro-batches per optimizer step
             "checkpoint_every": 1000,
             "keep_latest": 2,
@@ -209,10 +210,10 @@ def active_streams(config: ConfigDict) -> list[str]:
     return [name for name in STREAMS if any(config.data[name].datasets) and config.data[name].share > 0]
 
 
-def finalize(config: ConfigDict, vocab_size: int, answers: int = 0) -> ConfigDict:
+def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: int = 0) -> ConfigDict:
     """The config with everything derived that follows from the rest.
 
-    vocab_size: the tokenizer's. answers: of the data set, for visual questions.
+    vocab_size: the tokenizer's. answers: of the data set, for visual questions. examples: of an epoch; 0: not known.
     """
     config = config.copy_and_resolve_references()
     if config.debug:
@@ -221,6 +222,9 @@ def finalize(config: ConfigDict, vocab_size: int, answers: int = 0) -> ConfigDic
         config.model.text.vocab_size = vocab_size
     if config.model.answers == 0:
         config.model.answers = answers
+    if config.train.epochs and examples:
+        batch_size = max(config.data[name].batch_size for name in active_streams(config))
+        config.train.steps = -(-config.train.epochs * examples // batch_size)
     return config
 
 
@@ -240,7 +244,7 @@ def _shrink(config: ConfigDict) -> None:
         if isinstance(objective, ConfigDict):
             objective.update(start=0, ramp=0)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
-    config.train.update(steps=20, checkpoint_every=10, accumulate=1)
+    config.train.update(steps=20, epochs=0, checkpoint_every=10, accumulate=1)
     config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
     config.log.every = 5
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from scl_jax import build
 from scl_jax.config import ConfigError, active_streams, check, differences, finalize
 from scl_jax.convert.initial import initial_parameters
+from scl_jax.data.builders import open_source
 from scl_jax.data.pipeline import train_dataset
 from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
@@ -46,7 +47,8 @@ class Session:
         self.workdir = Path(workdir)
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer or f"{config.data.dir}/tokenizer")
         self.classes = classes_of(config)
-        self.config = finalize(config, self.tokenizer.vocab_size, len(self.classes) if config.task == "vqa" else 0)
+        answers = len(self.classes) if config.task == "vqa" else 0
+        self.config = finalize(config, self.tokenizer.vocab_size, answers, examples_of(config))
         check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
@@ -224,6 +226,15 @@ class Session:
 def averaged(state: TrainState) -> parameters.Params:
     """The running average of the parameters where there is one, else the parameters."""
     return state.params if state.ema is None else state.ema
+
+
+def examples_of(config: ConfigDict) -> int:
+    """The training examples of an epoch, where `train.epochs` asks: items in pre-training, texts in fine-tuning."""
+    if not config.train.epochs or config.debug:
+        return 0
+    names = [name for stream in active_streams(config) for name in config.data[stream].datasets if name]
+    sources = [open_source(name, "train", config.data.dir) for name in names]
+    return sum(len(source) if config.task == "pretrain" else sum(source.text_counts()) for source in sources)
 
 
 def classes_of(config: ConfigDict) -> tuple[str, ...]:

@@ -379,7 +379,10 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     )
     patches = (stream.image_size // model.vision.patch_size) ** 2
     kept = int(patches * (1 - config.objectives.global_vision.drop_ratio))
-    yield from _unless(kept >= 1, f"{where}: of {patches} patches none survives objectives.global_vision.drop_ratio")
+    yield from _unless(
+        kept >= 1 or config.task != "pretrain",
+        f"{where}: of {patches} patches none survives objectives.global_vision.drop_ratio",
+    )
     yield from _unless(
         stream.flip in ("never", "unless_sided", "always"),
         f"{where}.flip is {stream.flip!r}; choose never, unless_sided or always",

@@ -17,15 +17,13 @@ from scl_jax.config import active_streams
 from scl_jax.data.pipeline import EvaluationSet, evaluation_set
 from scl_jax.data.task_pipeline import TaskEvaluationSet, task_evaluation_set
 from scl_jax.data.tokens import Tokenizer
-from scl_jax.evaluation.classification import ClassificationEvaluation, Predictions
+from scl_jax.evaluation.classification import ClassificationEvaluation
 from scl_jax.evaluation.predictions import write_answers, write_entailment, write_rankings, write_statements
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
-from scl_jax.evaluation.ranking import Ranking
 from scl_jax.evaluation.retrieval import RetrievalEvaluation
 from scl_jax.task_config import CLASSIFIERS
 
 Evaluation = RetrievalEvaluation | ClassificationEvaluation  # params → (metrics, what `leave` writes)
-Findings = Mapping[str, Ranking] | Mapping[str, Predictions]
 WRITERS = {
     "vqa": (write_answers, "json"),
     "nlvr2": (write_statements, "csv"),

@@ -26,13 +26,15 @@ def answer_score(logits: Float[Array, "B A"], scores: Float[Array, "B A"], weigh
 
 
 def class_loss(logits: Float[Array, "B K"], labels: Int[Array, " B"], weight: Float[Array, " B"]) -> LossSum:
-    """Cross entropy; logits of -inf are classes that a row does not have."""
+    """Cross entropy; logits of -inf are classes that a row does not have, labels of -1 are unknown and do not count."""
+    weight = weight * (labels >= 0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
     terms = jax.nn.logsumexp(logits, axis=-1) - chosen
     return LossSum(jnp.sum(terms * weight), jnp.sum(weight))
 
 
 def class_correct(logits: Float[Array, "B K"], labels: Int[Array, " B"], weight: Float[Array, " B"]) -> LossSum:
-    """How many are told right; the mean is the accuracy."""
+    """How many of those with a label are told right; the mean is the accuracy."""
+    weight = weight * (labels >= 0)
     return LossSum(jnp.sum((logits.argmax(axis=-1) == labels) * weight), jnp.sum(weight))

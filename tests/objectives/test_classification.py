@@ -36,6 +36,14 @@ def test_cross_entropy_and_accuracy_of_classes():
     assert float(class_correct(*arguments).mean()) == pytest.approx(right)
 
 
+def test_an_unknown_label_does_not_count():
+    labels = jnp.asarray(LABELS).at[1].set(-1)
+    known = jnp.asarray(WEIGHT).at[1].set(0)
+    for function in (class_loss, class_correct):
+        one, other = (function(jnp.asarray(LOGITS), *rest) for rest in ((labels, WEIGHT), (LABELS, known)))
+        assert float(one.mean()) == float(other.mean()) and float(one.weight) == 3
+
+
 def test_a_class_that_a_row_does_not_have_takes_no_part():
     few = class_loss(jnp.asarray(LOGITS[:, :3]), jnp.zeros(6, jnp.int32), jnp.ones(6))
     masked = jnp.asarray(LOGITS).at[:, 3:].set(-jnp.inf)

@@ -74,7 +74,7 @@ def test_a_group_with_too_few_other_texts_gives_fewer():
 
 
 def test_hard_texts_are_the_most_similar_ones():
-    image = np.random.default_rng(2).normal(size=(ROWS, 4))
+    image = np.random.default_rng(2).normal(size=(ROWS, 16))
     text = np.roll(image, 1, axis=0)  # the next row's text looks like this row's image
     hits = 0
     for seed in range(20):

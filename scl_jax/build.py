@@ -20,7 +20,13 @@ from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
 from scl_jax.objectives.views import OBJECTIVES, MaskSpec
 from scl_jax.partition import on_mesh
+from scl_jax.task_config import HEADS
+from scl_jax.tasks.entailment import Entailment
+from scl_jax.tasks.nlvr2 import Statements
 from scl_jax.tasks.pretrain import Pretraining, Ramp
+from scl_jax.tasks.retrieval import Retrieval
+from scl_jax.tasks.task import Task
+from scl_jax.tasks.vqa import QuestionAnswering
 from scl_jax.training import sharding
 from scl_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from scl_jax.training.state import TrainState, state_shardings
@@ -35,10 +41,12 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
     return SCLConfig(
         vision=VisionConfig(**m.vision, **shared),
         text=TextConfig(**m.text, **shared, **rates),
-        fusion=FusionConfig(**m.fusion, **shared, **rates),
+        fusion=FusionConfig(**m.fusion, **shared, **rates, token_types=3 if config.task == "nlvr2" else 2),
         projection_width=m.projection_width,
         initial_temperature=m.initial_temperature,
         precision=Precision(jnp.dtype(m.dtype), param_dtype),
+        heads=HEADS[config.task],
+        answers=m.answers,
     )
 
 
@@ -66,11 +74,34 @@ def pretraining(config: ConfigDict, vocab_size: int, mask_id: int) -> Pretrainin
         patch_size=config.model.vision.patch_size,
         global_temperature={name: o[name].temperature for name in ("global_vision", "global_text")},
         local_temperature={name: o[name].temperature for name in ("local_vision", "local_text")},
-        temperature_range=None
-        if old.unbounded_temperature
-        else (o.contrastive.temperature_min, o.contrastive.temperature_max),
+        temperature_range=temperature_range(config),
         norm_over_frames=old.video_completion_norm_over_frames,
     )
+
+
+def temperature_range(config: ConfigDict) -> tuple[float, float] | None:
+    """Where the learned temperature is kept; None: anywhere."""
+    bounds = config.objectives.contrastive
+    unbounded = config.reference_behaviour.unbounded_temperature
+    return None if unbounded else (bounds.temperature_min, bounds.temperature_max)
+
+
+def task(config: ConfigDict, vocab_size: int, mask_id: int) -> Task:
+    """What is trained; `vocab_size` and `mask_id` are the tokenizer's."""
+    match config.task:
+        case "vqa":
+            return QuestionAnswering()
+        case "nlvr2":
+            return Statements()
+        case "entailment":
+            return Entailment()
+        case "retrieval":
+            return Retrieval(
+                **config.retrieval,
+                temperature_range=temperature_range(config),
+                first_image_only=config.reference_behaviour.first_image_contrastive,
+            )
+    return pretraining(config, vocab_size, mask_id)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -80,6 +111,7 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
         **config.optimizer,
         decay_like_reference=old.decay_norms_and_temperature,
         adam_eps_uncorrected=old.adam_eps_uncorrected,
+        rank_head_like_encoders=old.rank_head_like_encoders,
     )
 
 

@@ -13,18 +13,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from scl_jax.task_config import check_task, group_size, retrieval_defaults
+
 STREAMS = ("images", "videos")
 
 
 def default_config() -> ConfigDict:
     """The method at full size (ViT-B/16, RoBERTa-base, six fusion layers) with the paper's settings."""
     config = ConfigDict()
-    config.task = "pretrain"
+    config.task = "pretrain"  # pretrain | vqa | nlvr2 | entailment | retrieval
     config.seed = 0
     config.debug = False  # shrink model, data and steps for a smoke run of the same code
     config.model = _model()
     config.init = _init()
-    config.objectives = _objectives()
+    config.objectives = _objectives()  # of pre-training
+    config.retrieval = retrieval_defaults()
     config.reference_behaviour = _reference_behaviour()
     config.data = _data()
     config.optimizer = _optimizer()
@@ -58,6 +61,7 @@ def _model() -> ConfigDict:
             },
             "fusion": {"width": 768, "layers": 6, "heads": 12, "mlp_width": 3072},
             "projection_width": 512,  # of the contrastive space
+            "answers": 0,  # of visual questions; 0: those of the data set
             "dropout": 0.1,  # of the text and fusion layers; the vision encoder has none
             "attention_dropout": 0.1,  # of their attention weights
             "initial_temperature": 0.07,
@@ -106,6 +110,8 @@ def _reference_behaviour() -> ConfigDict:
             "unbounded_temperature": False,
             "decay_norms_and_temperature": False,  # weight decay on ViT and head LayerNorms and on the temperature
             "adam_eps_uncorrected": False,  # Adam's eps is added to the square root before bias correction
+            "rank_head_like_encoders": False,  # the rank head learns at the encoders' rate
+            "first_image_contrastive": False,  # retrieval's contrastive term sees the first image of a batch only
         }
     )
 
@@ -178,6 +184,7 @@ def _train() -> ConfigDict:
     return ConfigDict(
         {
             "steps": 100_000,
+            "epochs": 0,  # above 0: steps follow from the size of the data; for one stream
             "accumulate": 1,  # micro-batches per optimizer step
             "checkpoint_every": 1000,
             "keep_latest": 2,
@@ -197,7 +204,9 @@ def _evaluate() -> ConfigDict:
             "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
             "equal_captions": False,  # a caption finds every item with the same caption; published recalls: its own
-            "rerank": 128,  # candidates of a query re-scored with the matching head; 0: contrastive only
+            "rerank": 128,  # candidates of a query re-scored with the fusion encoder; 0: contrastive only
+            "all_pairs": False,  # re-score every pair, as the reference does
+            "best": False,  # at the end: the best checkpoint by train.best_metric, not the last
         }
     )
 
@@ -215,13 +224,21 @@ def active_streams(config: ConfigDict) -> list[str]:
     return [name for name in STREAMS if any(config.data[name].datasets) and config.data[name].share > 0]
 
 
-def finalize(config: ConfigDict, vocab_size: int) -> ConfigDict:
-    """The config with everything derived that follows from the rest; `vocab_size` is the tokenizer's."""
+def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: int = 0) -> ConfigDict:
+    """The config with everything derived that follows from the rest.
+
+    vocab_size: the tokenizer's. answers: of the data set, for visual questions. examples: of an epoch; 0: not known.
+    """
     config = config.copy_and_resolve_references()
     if config.debug:
         _shrink(config)
     if config.model.text.vocab_size == 0:
         config.model.text.vocab_size = vocab_size
+    if config.model.answers == 0:
+        config.model.answers = answers
+    if config.train.epochs and examples:
+        batch_size = max(config.data[name].batch_size for name in active_streams(config))
+        config.train.steps = -(-config.train.epochs * examples // batch_size)
     return config
 
 
@@ -236,11 +253,12 @@ def _shrink(config: ConfigDict) -> None:
     for stream in STREAMS:
         config.data[stream].update(image_size=config.model.vision.image_size, batch_size=16)
     config.objectives.group_size = 8
+    config.retrieval.update(group_size=8, others=3, hard_negatives=min(config.retrieval.hard_negatives, 3))
     for objective in config.objectives.values():
         if isinstance(objective, ConfigDict):
             objective.update(start=0, ramp=0)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
-    config.train.update(steps=20, checkpoint_every=10, accumulate=1)
+    config.train.update(steps=20, epochs=0, checkpoint_every=10, accumulate=1)
     config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
     config.log.every = 5
 
@@ -255,7 +273,8 @@ def check(config: ConfigDict, vocab_size: int, devices: int = 1, processes: int 
     Raises:
         ConfigError: names every option that cannot work, why, and what to do.
     """
-    problems = [*_check_model(config, vocab_size), *_check_training(config), *_check_mesh(config, devices, processes)]
+    problems = [*check_task(config), *_check_model(config, vocab_size), *_check_training(config)]
+    problems += _check_mesh(config, devices, processes)
     for name in active_streams(config):
         problems += _check_stream(config, name, devices)
     if problems:
@@ -349,8 +368,9 @@ def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[st
 def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     stream, model = config.data[name], config.model
     where = f"data.{name}"
-    if min(stream.batch_size, config.objectives.group_size, model.vision.patch_size, config.train.accumulate) < 1:
-        yield f"{where}: batch_size, objectives.group_size, patch_size and train.accumulate must be at least 1"
+    whole = group_size(config)
+    if min(stream.batch_size, whole, model.vision.patch_size, config.train.accumulate) < 1:
+        yield f"{where}: batch_size, group_size, patch_size and train.accumulate must be at least 1"
         return
     across = max(devices // max(config.mesh.tensor, 1), 1)
     pieces = across * config.train.accumulate
@@ -359,11 +379,11 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
         f"{where}.batch_size {stream.batch_size} does not divide by {across} device(s) × train.accumulate "
         f"{config.train.accumulate}; the next that does is {-(-stream.batch_size // pieces) * pieces}",
     )
-    group = min(config.objectives.group_size, stream.batch_size)
+    group = min(whole, stream.batch_size)
     yield from _unless(
         stream.batch_size % (group * config.train.accumulate) == 0,
         f"{where}.batch_size {stream.batch_size} does not divide into train.accumulate {config.train.accumulate} "
-        f"micro-batches of whole groups (objectives.group_size {config.objectives.group_size})",
+        f"micro-batches of whole groups (group_size {whole})",
     )
     yield from _unless(
         stream.image_size % model.vision.patch_size == 0,
@@ -375,7 +395,10 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     )
     patches = (stream.image_size // model.vision.patch_size) ** 2
     kept = int(patches * (1 - config.objectives.global_vision.drop_ratio))
-    yield from _unless(kept >= 1, f"{where}: of {patches} patches none survives objectives.global_vision.drop_ratio")
+    yield from _unless(
+        kept >= 1 or config.task != "pretrain",
+        f"{where}: of {patches} patches none survives objectives.global_vision.drop_ratio",
+    )
     yield from _unless(
         stream.flip in ("never", "unless_sided", "always"),
         f"{where}.flip is {stream.flip!r}; choose never, unless_sided or always",

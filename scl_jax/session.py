@@ -1,13 +1,12 @@
 """One run from its config: tokenizer, mesh, network, data and evaluation put together; then train or evaluate.
 
-<workdir>/config.json  metrics.jsonl  results.json  checkpoints/  loss_curves.png  retrieval_images.png …
+<workdir>/config.json  classes.json  metrics.jsonl  results.json  checkpoints/  and the files of report.py
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,22 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from scl_jax import build, plots
+from scl_jax import build
 from scl_jax.config import ConfigError, active_streams, check, differences, finalize
 from scl_jax.convert.initial import initial_parameters
-from scl_jax.data.pipeline import EvaluationSet, evaluation_set, train_dataset
+from scl_jax.data.builders import open_source
+from scl_jax.data.pipeline import train_dataset
+from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
-from scl_jax.evaluation.pretraining import PretrainingEvaluation
-from scl_jax.evaluation.ranking import Ranking
 from scl_jax.models import parameters
+from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
+from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.distributed import meet
 from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Schedule, Window, train
+from scl_jax.training.records import write_json
 from scl_jax.training.state import TrainState, init_state
 
 
@@ -43,13 +45,16 @@ class Session:
     def __init__(self, config: ConfigDict, workdir: Path | str):
         self.workdir = Path(workdir)
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer or f"{config.data.dir}/tokenizer")
-        self.config = finalize(config, self.tokenizer.vocab_size)
+        self.classes = classes_of(config)
+        answers = len(self.classes) if config.task == "vqa" else 0
+        self.config = finalize(config, self.tokenizer.vocab_size, answers, examples_of(config))
         check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
-        self.task = build.pretraining(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
+        self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
         self.is_main = jax.process_index() == 0
         self.initial_notes: list[str] = []
+        self._log: RunLog | None = None
 
     def _check_workdir(self) -> None:
         """A work directory that holds a checkpoint can only be continued with the same config."""
@@ -69,13 +74,16 @@ class Session:
         t = self.config.train
         return Checkpoints(self.workdir / "checkpoints", t.keep_latest, t.keep_best, t.best_metric)
 
-    def initial_state(self) -> tuple[Any, Any, TrainState]:
-        """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued."""
+    def initial_state(self, complete: bool = False) -> tuple[Any, Any, TrainState]:
+        """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued.
+
+        complete: every head must come from there; fresh ones are no model to evaluate.
+        """
         maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
         graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
         meet("state is there", self.config.distributed.compile_timeout)
         if self.checkpoints.latest() is None:
-            params, self.initial_notes = initial_parameters(self.config, state.params)
+            params, self.initial_notes = initial_parameters(self.config, state.params, complete)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
             state = dataclasses.replace(state, params=params, ema=ema)
         return graph, tx, state
@@ -85,43 +93,19 @@ class Session:
         for line in self.initial_notes:
             log.say(line)
 
-    def evaluation_sets(self, split: str) -> dict[str, EvaluationSet]:
-        """The evaluation set of every stream that is on."""
-        e, data = self.config.evaluate, self.config.data
-        return {
-            name: evaluation_set(
-                data[name],
-                data[name].evaluation_datasets if any(data[name].evaluation_datasets) else data[name].datasets,
-                split,
-                data_dir=data.dir,
-                text_length=data.text_length,
-                tokenizer=self.tokenizer,
-                batch_size=e.batch_size,
-                max_items=e.max_items,
-                rows_of=partial(sharding.process_rows, self.mesh),
-                threads=data.threads,
-            )
-            for name in active_streams(self.config)
-        }
-
-    def evaluation(self, graph: Any, split: str) -> PretrainingEvaluation:
+    def evaluation(self, graph: Any, split: str) -> Evaluation:
         """The evaluation of a split."""
-        e = self.config.evaluate
-        sets = self.evaluation_sets(split)
-        return PretrainingEvaluation(
-            graph,
-            self.task,
-            self.mesh,
-            sets,
-            batch_size=e.batch_size,
-            rerank=e.rerank,
-            equal_captions=e.equal_captions,
-            seed=self.config.seed,
-        )
+        sets = evaluation_sets(self.config, split, self.tokenizer, self.mesh)
+        return make_evaluation(self.config, self.task, graph, self.mesh, sets, self.classes, self._show_progress)
+
+    def _show_progress(self, what: str, done: int, total: int) -> None:
+        if self._log is not None:
+            self._log.progress(what, done, total)
 
     def open_log(self, resume_step: int | None) -> RunLog:
+        """The log of this run; progress goes there, too."""
         o = self.config.log
-        return RunLog(
+        self._log = RunLog(
             self.workdir,
             self.config.train.steps,
             self.is_main,
@@ -130,16 +114,22 @@ class Session:
             wandb_project=o.wandb_project,
             resume_step=resume_step,
         )
+        return self._log
+
+    def training_data(self) -> Any:
+        """The endless batches of this process: items with a caption in pre-training, else every text with its item."""
+        make = train_dataset if self.config.task == "pretrain" else task_dataset
+        return make(
+            self.config.data,
+            seed=self.config.seed,
+            tokenizer=self.tokenizer,
+            rows_of=partial(sharding.process_rows, self.mesh),
+        )
 
     def train(self) -> bool:
         """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early."""
         config = self.config
-        data = train_dataset(  # before the state: missing shards should be said at once
-            config.data,
-            seed=config.seed,
-            tokenizer=self.tokenizer,
-            rows_of=partial(sharding.process_rows, self.mesh),
-        )
+        data = self.training_data()  # before the state: missing shards should be said at once
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
@@ -151,6 +141,8 @@ class Session:
             window = Window(progress["window"])
         with self.open_log(begun or 0) as log:
             log.save_config(config)
+            if self.classes and self.is_main:
+                write_json(self.workdir / "classes.json", list(self.classes))
             count = parameters.count(state.params)
             begin = f"continuing from step {begun}" if begun is not None else "starting"
             log.say(f"{begin}: {count / 1e6:.1f} M parameters, {self.mesh.devices.size} device(s)")
@@ -169,55 +161,85 @@ class Session:
                 config.distributed.compile_timeout,
             )
             if complete:
+                step = self.chosen_step()
+                if step not in (None, int(state.step)):
+                    state, _ = self.checkpoints.restore(abstract_state(state), step)
                 self.report(log, graph, state)
             else:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
 
     def evaluate(self) -> None:
-        """Evaluates the newest checkpoint, or without one `config.init.checkpoint`, on the final split."""
-        graph, _, state = self.initial_state()
+        """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""
+        graph, _, state = self.initial_state(complete=True)
         if self.checkpoints.latest() is not None or not self.config.init.checkpoint:
-            state, _ = self.checkpoints.restore(abstract_state(state))
+            state, _ = self.checkpoints.restore(abstract_state(state), self.chosen_step())
         with self.open_log(None) as log:
             self.say_initial(log)
             self.report(log, graph, state)
 
     def schedule(self) -> Schedule:
-        t = self.config.train
-        return Schedule(
-            t.steps, self.config.log.every, t.checkpoint_every, self.config.evaluate.every, tuple(t.profile_steps)
-        )
+        t, e = self.config.train, self.config.evaluate
+        last = e.every > 0 and e.best
+        return Schedule(t.steps, self.config.log.every, t.checkpoint_every, e.every, tuple(t.profile_steps), last)
 
     def jit_step(self, graph: Any, tx: Any, state: TrainState) -> Any:
         """The jitted step of this run; its state is donated and keeps its layout."""
         return build.train_step(self.config, self.task, graph, tx, state, self.mesh)
 
     def report(self, log: RunLog, graph: Any, state: TrainState) -> None:
-        """The final evaluation: results.json, the table, and the pictures."""
-        evaluation = self.evaluation(graph, self.config.evaluate.final_split)
-        results, rankings = evaluation(averaged(state))
+        """The final evaluation: results.json, the table, pictures and predictions."""
+        split = self.config.evaluate.final_split
+        evaluation = self.evaluation(graph, split)
+        results, findings = evaluation(averaged(state))
+        for line in said(results):
+            log.say(line)
         log.results({"step": int(state.step), **results})
         if self.is_main:
-            self.draw(evaluation.sets, rankings)
+            for file in leave(self.workdir, self.config, split, evaluation.sets, findings):
+                log.say(f"predictions: {file}")
 
-    def draw(self, sets: Mapping[str, EvaluationSet], rankings: dict[str, Ranking]) -> None:
-        """loss_curves.png and retrieval_<stream>.png."""
-        metrics = self.workdir / "metrics.jsonl"
-        if metrics.exists() and metrics.stat().st_size:
-            plots.loss_curves(metrics, self.workdir / "loss_curves.png")
-        for stream, ranking in rankings.items():
-            examples = sets[stream]
-            plots.retrieval_sheet(
-                ranking,
-                examples.captions,
-                examples.caption_item,
-                examples.frames,
-                self.workdir / f"retrieval_{stream}.png",
-                kind="image" if stream == "images" else "video",
-            )
+    def chosen_step(self) -> int | None:
+        """The checkpoint that counts at the end: the best by `train.best_metric` where asked for, else the newest."""
+        best = self.checkpoints.best() if self.config.evaluate.best else None
+        return self.checkpoints.latest() if best is None else best
 
 
 def averaged(state: TrainState) -> parameters.Params:
     """The running average of the parameters where there is one, else the parameters."""
     return state.params if state.ema is None else state.ema
+
+
+def examples_of(config: ConfigDict) -> int:
+    """The training examples of an epoch, where `train.epochs` asks: items in pre-training, texts in fine-tuning."""
+    if not config.train.epochs or config.debug:
+        return 0
+    names = [name for stream in active_streams(config) for name in config.data[stream].datasets if name]
+    sources = [open_source(name, "train", config.data.dir) for name in names]
+    return sum(len(source) if config.task == "pretrain" else sum(source.text_counts()) for source in sources)
+
+
+def classes_of(config: ConfigDict) -> tuple[str, ...]:
+    """The answers or labels that the classifier of the config's task tells apart; none for other tasks.
+
+    Raises:
+        ConfigError: the data sets have none, or others than the task.
+        FileNotFoundError: a data set is not prepared.
+    """
+    if config.task not in CLASSIFIERS:
+        return ()
+    names = [name for stream in active_streams(config) for name in config.data[stream].datasets]
+    if not any(names):
+        return ()  # `check` says so
+    found = class_names(names, config.data.dir)
+    wanted = CLASSES.get(config.task)
+    if not found or wanted not in (None, found):
+        classes = f"the classes {', '.join(found[:5])}{', …' if len(found) > 5 else ''}" if found else "no classes"
+        needs = f"the classes {', '.join(wanted)}" if wanted else "answers"
+        raise ConfigError(f"{', '.join(names)}: has {classes}, but task {config.task} needs a data set with {needs}")
+    if config.task == "vqa" and config.model.answers not in (0, len(found)):
+        raise ConfigError(
+            f"model.answers is {config.model.answers}, but {', '.join(names)} has {len(found)} answers; "
+            "set 0 to take those of the data set"
+        )
+    return found

@@ -1,9 +1,11 @@
 """What crosses rooms: the batch, the sum of a loss, and nothing else.
 
-Axes: B batch, F frames (1 for an image), H W pixels, L text tokens.
+Axes: B batch, F frames (1 for an image), H W pixels, L text tokens, A answers, O other texts.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import flax.struct
 import jax.numpy as jnp
@@ -26,6 +28,16 @@ class Batch:
     item_id: Int[Array, " B"]  # which image or clip of its data set: two rows of one item are no negatives in matching
     # the other images of matching, one a row, as the reference draws them; None: members of the same group
     false_pixels: UInt8[Array, "B F H W 3"] | Float[Array, "B F H W 3"] | None = None
+    # what fine-tuning tasks read besides
+    answer_scores: Float[Array, "B A"] | None = None  # visual questions: the soft score of every answer
+    label: Int[Array, " B"] | None = None  # statements: 0 false, 1 true; entailment: its class
+    second_pixels: UInt8[Array, "B F H W 3"] | Float[Array, "B F H W 3"] | None = None  # statements: the other image
+    # retrieval: texts of other images, as the reference draws them; None: those of the same group
+    other_ids: Int[Array, "B O L"] | None = None
+    other_mask: Bool[Array, "B O L"] | None = None
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Batch))  # what data sets give besides stays on the host
 
 
 @flax.struct.dataclass

@@ -72,8 +72,8 @@ class Training:
     def __init__(self, config: ConfigDict, stream: str):
         self.rows: int = config.data[stream].batch_size
         self.mesh = sharding.make_mesh(**config.mesh)
-        mask_id = config.model.text.vocab_size - 1
-        self.task: Pretraining = build.pretraining(config, mask_id)
+        vocab_size = config.model.text.vocab_size
+        self.task: Pretraining = build.pretraining(config, vocab_size, mask_id=vocab_size - 1)
         graph, tx, self.state = init_state(
             build.model_maker(config), build.optimizer_maker(config), self.mesh, config.seed, config.optimizer.ema > 0
         )

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from flax import nnx
 
 from scl_jax.convert.rules import DROPS, RULES, ConversionError, Report, torch_to_flax
-from scl_jax.convert.torch_config import HEADS, SCLConfig
-from scl_jax.models import heads, parameters, scl
+from scl_jax.convert.torch_config import SCLConfig
+from scl_jax.models import parameters, scl
 from scl_jax.models.fusion import FusionConfig
-from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
 
@@ -22,26 +20,18 @@ DEFAULT_FRAMES = 8  # temporal rows of the method
 
 def model_shapes(sizes: SCLConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by dotted path, of a model with the heads of `sizes`."""
-    c, precision = sizes, Precision()
+    c = sizes
     text = TextConfig(c.width, c.text_layers, c.heads, c.mlp_width, c.vocab_size, c.max_positions)
     vision = VisionConfig(
         c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp_width, c.patch_size, c.image_size,
         c.max_frames or DEFAULT_FRAMES,
     )  # fmt: skip
     fusion = FusionConfig(c.width, c.fusion_layers, c.heads, c.mlp_width, c.token_types)
-    config = scl.SCLConfig(vision, text, fusion, c.projection_width, c.initial_temperature, precision)
-
-    def make(rngs: nnx.Rngs) -> scl.SCL:
-        model = scl.SCL(config, rngs)
-        joint = 2 * c.width
-        for name, width, classes in (("vqa", joint, c.answers), ("nlvr2", 2 * joint, 2), ("entailment", joint, 3)):
-            setattr(model, name, heads.Classifier(width, joint, classes, precision, rngs))
-        setattr(model, "rank", precision.linear(joint, 1, nnx.initializers.normal(0.02), rngs))  # noqa: B010
-        return model
-
-    absent = tuple(f"{head}." for head in HEADS if head not in c.with_heads)
-    shapes = parameters.flatten(parameters.abstract(make)[1])
-    return {path: tuple(x.shape) for path, x in shapes.items() if not path.startswith(absent)}
+    config = scl.SCLConfig(
+        vision, text, fusion, c.projection_width, c.initial_temperature, heads=c.with_heads, answers=c.answers
+    )
+    shapes = parameters.flatten(parameters.abstract(lambda rngs: scl.SCL(config, rngs))[1])
+    return {path: tuple(x.shape) for path, x in shapes.items()}
 
 
 def read_model(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from scl_jax.config import differences
 from scl_jax.convert import adapt
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.encoders import read_clip, read_roberta
@@ -24,15 +27,20 @@ from scl_jax.convert.sources import (
 from scl_jax.convert.to_flax import INITIALISED, read_torch
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
+from scl_jax.task_config import HEADS
 
+SIZES = r"\S+\.(width|layers|heads|mlp_width|patch_size|vocab_size|max_positions|projection_width):"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def initial_parameters(config: ConfigDict, params: Params) -> tuple[Params, list[str]]:
+def initial_parameters(config: ConfigDict, params: Params, complete: bool = False) -> tuple[Params, list[str]]:
     """Fills the weights that `config.init` names into fresh parameters, each leaf where it lies on the mesh.
 
     A checkpoint (a run, a converted folder or a torch file) fills everything it has; then vision (CLIP) and text
     (RoBERTa) fill their encoder. What none of them has stays as it is.
+
+    Args:
+        complete: no head may stay as it is, because it is to be evaluated.
 
     Returns:
         The parameters, and lines for the log: what was loaded, resized, dropped, left as initialised.
@@ -57,6 +65,12 @@ def initial_parameters(config: ConfigDict, params: Params) -> tuple[Params, list
     if not loaded:
         return params, []
     fresh = sorted({path.split(".")[0] if "." in path else path for path in set(flat) - set(loaded)})
+    heads = [part for part in fresh if part in HEADS[config.task]]
+    if complete and heads:
+        raise ConversionError(
+            f"config.init.checkpoint = {config.init.checkpoint} has no head {', '.join(heads)}, which task "
+            f"{config.task} evaluates: fine-tune from it (--mode=train), or evaluate a checkpoint of this task"
+        )
     if fresh:
         lines.append(f"as initialised: (some of) {', '.join(fresh)}")
     return parameters.unflatten({path: _place(x, loaded.get(path)) for path, x in flat.items()}), lines
@@ -72,13 +86,25 @@ def _place(old: jax.Array, new: np.ndarray | None) -> jax.Array:
 def _checkpoint(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:
     if path.is_dir() and is_run(path):
         flat, _ = read_parameters(path)
-        return adapt.fit(flat, shapes)
+        try:
+            return adapt.fit(flat, shapes)
+        except ConversionError as error:
+            raise ConversionError(f"{_other_sizes(path, config)}{error}") from error
     flat, _, report = read_torch(path, config.model.text.heads, config.model.vision.heads)
     fitted, steps = adapt.fit(flat, shapes)
     for name in ["vision.mask_embedding"]:  # absent in the file: the fresh one is as good
         if name in report.untouched:
             fitted.pop(name, None)
     return fitted, [*steps, *_notes(report), *(f"{name}: {INITIALISED[name]}" for name in report.untouched)]
+
+
+def _other_sizes(run: Path, config: ConfigDict) -> str:
+    """What its config.json says of another network: the cause of shapes that do not fit."""
+    file = run / "config.json"
+    found = json.loads(file.read_text())["model"] if file.exists() else {}
+    wanted = json.loads(config.model.to_json())
+    changed = [line for line in differences(found, wanted, "model.") if re.match(SIZES, line)] if found else []
+    return f"another network ({'; '.join(changed)}): set these options to the checkpoint's, or " if changed else ""
 
 
 def _vision(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:

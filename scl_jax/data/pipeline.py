@@ -13,6 +13,7 @@
    batches already taken, whatever the number of processes.
 
 Evaluation walks over items, captions or pairs once, in order; the last batch is filled with rows of weight 0.
+Downstream tasks, where every text is an example of its own: task_pipeline.py.
 
 Axes: B rows of this process's batch, F frames (1 for an image), H W pixels, L text tokens.
 """
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, SupportsIndex, TypeAlias, cast
 
@@ -35,6 +36,7 @@ from PIL import Image
 from scl_jax.data import builders, images, video
 
 NumpyBatch: TypeAlias = dict[str, Any]  # the fields of scl_jax.types.Batch as numpy arrays, and more where said
+_IDS = frozenset(("item_id", "caption_id", "example_id", "question_id"))  # -1 in rows of padding
 Config: TypeAlias = Any  # a ConfigDict of scl_jax.config, whose values have no static types
 RowsOf: TypeAlias = Callable[[int], Sequence[int]]  # size of a global batch → its rows that this process makes
 
@@ -59,6 +61,8 @@ class Record:
     captions: Sequence[str]
     item_id: int
     origin: str  # "toy_world/images, split train, record 17 (id 'scene-17')"
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what the data set has besides
+    name: str = ""  # the owner's id
 
     def caption(self, index: int) -> str:
         """The caption of this index; RecordError when it is empty."""
@@ -97,7 +101,12 @@ class Records:
         local = item_id - self._starts[which]
         raw = self._sources[which][local]
         origin = f"{self._names[which]}, split {self._split}, record {local} (id {raw['id']!r})"
-        return Record(raw["media"], raw["captions"], item_id, origin)
+        extra = {key: value for key, value in raw.items() if key not in ("id", "media", "captions")}
+        return Record(raw["media"], raw["captions"], item_id, origin, extra, raw["id"])
+
+    def text_counts(self) -> list[int]:
+        """How many texts each record has."""
+        return [count for source in self._sources for count in source.text_counts()]
 
 
 # ---- training ----
@@ -116,12 +125,27 @@ def train_dataset(
     Raises:
         ValueError: no stream is on.
     """
+
+    def make_examples(stream: Config, rng: np.random.SeedSequence) -> grain.MapDataset[NumpyBatch]:
+        records = Records(stream.datasets, "train", data.dir)
+        return endless_examples(records, TrainExample(stream, data.text_length, tokenizer), rng)
+
+    return mixed_batches(data, make_examples, seed, rows_of)
+
+
+def mixed_batches(
+    data: Config,
+    make_examples: Callable[[Config, np.random.SeedSequence], grain.MapDataset[NumpyBatch]],
+    seed: int,
+    rows_of: RowsOf,
+) -> grain.IterDataset[NumpyBatch]:
+    """Steps 4 and 5 of the journey for the streams that are on; `make_examples` gives the endless ones of a stream."""
     batches, shares = [], []
     for name, stream in (("images", data.images), ("videos", data.videos)):
         if not any(stream.datasets) or stream.share == 0:
             continue
-        examples = _endless_examples(name, stream, data, seed, tokenizer)
         rows = rows_of(stream.batch_size)
+        examples = make_examples(stream, np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
         batches.append(_ProcessBatches(examples, stream.batch_size, rows, data.threads, name))
         shares.append(stream.share)
     if not batches:
@@ -131,17 +155,16 @@ def train_dataset(
     return grain.MapDataset.mix(batches, weights=shares).to_iter_dataset(read_options)
 
 
-def _endless_examples(
-    name: str, stream: Config, data: Config, seed: int, tokenizer: Tokenizer
+def endless_examples(
+    source: Any, make_example: Callable[[Any, np.random.Generator], NumpyBatch], seeds: np.random.SeedSequence
 ) -> grain.MapDataset[NumpyBatch]:
-    """Steps 1 to 3 of the journey: the endless order of the examples of one stream, each made when asked for."""
-    order_seed, example_seed = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)
-    records = grain.MapDataset.source(Records(stream.datasets, "train", data.dir))
-    make_example = _TrainExample(stream, data.text_length, tokenizer)
-    return records.shuffle(seed=int(order_seed)).repeat().random_map(make_example, seed=int(example_seed))
+    """Step 2 of the journey: the endless order of what `source` holds, each made into an example when asked for."""
+    order_seed, example_seed = seeds.generate_state(2)
+    shuffled = grain.MapDataset.source(source).shuffle(seed=int(order_seed)).repeat()
+    return shuffled.random_map(make_example, seed=int(example_seed))
 
 
-class _TrainExample:
+class TrainExample:
     """Record and random generator → one training example (step 3 of the journey)."""
 
     def __init__(self, stream: Config, text_length: int, tokenizer: Tokenizer):
@@ -152,12 +175,23 @@ class _TrainExample:
         self._text_length, self._tokenizer = text_length, tokenizer
 
     def __call__(self, record: Record, rng: np.random.Generator) -> NumpyBatch:
-        caption = record.caption(int(rng.integers(max(1, len(record.captions)))))
-        pixels = _decoding(record, lambda: self._pixels(record.media, caption, rng))
+        number = int(rng.integers(max(1, len(record.captions))))
+        return self.with_text(record, number, rng)
+
+    def with_text(self, record: Record, number: int, rng: np.random.Generator) -> NumpyBatch:
+        """The example of a record and the text of this number."""
+        caption = record.caption(number)
+        pixels = self.pixels(record, record.media, caption, rng)
         tokens = self._tokenizer.encode(caption, self._text_length)
         return {"pixels": pixels, **tokens, "weight": np.float32(1), "item_id": np.int32(record.item_id)}
 
-    def _pixels(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
+    def pixels(
+        self, record: Record, media: bytes, caption: str, rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "F H W 3"]:
+        """An image or clip of a record, augmented; `caption` decides whether it may be flipped."""
+        return _decoding(record, lambda: self._augmented(media, caption, rng))
+
+    def _augmented(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
         if self._frames > 1 or video.is_video(media):
             clip = video.decode_frames(media, self._frames, rng=rng)
             drawn = self._draw((clip.shape[2], clip.shape[1]), caption, rng)
@@ -219,14 +253,14 @@ def evaluation_set(
     Raises:
         ValueError: no data set is named, or a caption is empty.
     """
-    rows = _EvaluationRows(batch_size, np.asarray(rows_of(batch_size)), threads)
+    rows = EvaluationRows(batch_size, np.asarray(rows_of(batch_size)), threads)
     records = Records(dataset_names, split, data_dir)
-    encode = _EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
+    encode = EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
     return EvaluationSet(records, max_items, encode, rows)
 
 
 @dataclass(frozen=True)
-class _EvaluationEncoder:
+class EvaluationEncoder:
     """Pixels and tokens of one record without anything random."""
 
     image_size: int
@@ -234,16 +268,18 @@ class _EvaluationEncoder:
     text_length: int
     tokenizer: Tokenizer
 
-    def pixels(self, record: Record) -> UInt8[np.ndarray, "F H W 3"]:
-        frames = _decoding(record, lambda: _evenly_spaced(record.media, self.frames))
+    def pixels(self, record: Record, media: bytes) -> UInt8[np.ndarray, "F H W 3"]:
+        """An image or clip of a record."""
+        frames = _decoding(record, lambda: _evenly_spaced(media, self.frames))
         return np.stack([images.resize_square(frame, self.image_size) for frame in frames])
 
     def tokens(self, caption: str) -> dict[str, np.ndarray]:
+        """Of one text, as `Tokenizer.encode` gives them."""
         return self.tokenizer.encode(caption, self.text_length)
 
 
 @dataclass(frozen=True)
-class _EvaluationRows:
+class EvaluationRows:
     """Which rows this process makes, and their making: threads, padding, one batch ahead."""
 
     batch_size: int
@@ -267,7 +303,7 @@ class _EvaluationRows:
                 if start != starts[-1]:
                     ahead = submit(start + self.batch_size)
                 batch = _stack([future.result() for future in futures])
-                for name in batch.keys() & {"item_id", "caption_id"}:
+                for name in batch.keys() & _IDS:
                     batch[name] = np.where(real, batch[name], -1).astype(np.int32)
                 yield {**batch, "weight": real.astype(np.float32)}
 
@@ -282,7 +318,7 @@ class EvaluationSet:
     captions: list[str]
     caption_item: Int[np.ndarray, " captions"]  # the item that each caption describes
 
-    def __init__(self, records: Records, max_items: int, encode: _EvaluationEncoder, rows: _EvaluationRows):
+    def __init__(self, records: Records, max_items: int, encode: EvaluationEncoder, rows: EvaluationRows):
         self._records, self._encode, self._rows = records, encode, rows
         self.num_items = min(max_items, len(records)) if max_items else len(records)
         self.captions = []
@@ -311,9 +347,14 @@ class EvaluationSet:
         """Batches with all fields of `scl_jax.types.Batch`: every item once, with its first caption."""
         return self._rows.batches(self.num_items, self._pair)
 
+    def name(self, item: int) -> str:
+        """The owner's id of an item."""
+        return self._record(item).name
+
     def frames(self, item: int) -> UInt8[np.ndarray, "F H W 3"]:
         """The pixels of one item as the model sees them, for retrieval sheets."""
-        return self._encode.pixels(self._record(item))
+        record = self._record(item)
+        return self._encode.pixels(record, record.media)
 
     def _record(self, item: int) -> Record:
         return self._records[item * len(self._records) // self.num_items]
@@ -323,7 +364,7 @@ class EvaluationSet:
         return [record.caption(index) for index in range(max(1, len(record.captions)))]
 
     def _item(self, item: int) -> NumpyBatch:
-        return {"pixels": self._encode.pixels(self._record(item)), "item_id": np.int32(item)}
+        return {"pixels": self.frames(item), "item_id": np.int32(item)}
 
     def _text(self, caption: int) -> NumpyBatch:
         tokens = self._encode.tokens(self.captions[caption])

@@ -1,4 +1,4 @@
-"""Retrieval in two stages: contrastive similarity over everything, then the matching head over the best candidates.
+"""Retrieval in two stages: contrastive similarity over everything, then the fusion encoder over the best candidates.
 
 Scoring every pair with the fusion encoder costs queries × items passes. Here each text and each item (image or clip)
 is encoded once, the cosine of their contrastive features picks the `rerank` best candidates of each query, and only
@@ -9,6 +9,8 @@ Axes: T texts, I items, D width of the contrastive space, K candidates a query, 
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,6 +29,9 @@ NORM_EPSILON = 1e-8
 PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
 """(text ids, item ids) → the matching head's log-odds that they are a pair: logit "pair" minus logit "no pair"."""
 
+Progress = Callable[[int, int], None]
+"""(pairs scored, pairs in all), after every batch."""
+
 
 class Top(NamedTuple):
     """The best answers of every query (Q queries, best first): their ids and scores."""
@@ -36,11 +41,12 @@ class Top(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """What `rank` returns: flat metrics, and the ten best answers of every query both ways."""
+    """What `rank` returns: flat metrics, the ten best answers of every query both ways, seconds spent on pairs."""
 
     metrics: dict[str, float]
     text_to_item: Top
     item_to_text: Top
+    seconds: float
 
 
 def rank(
@@ -50,11 +56,13 @@ def rank(
     *,
     score_pairs: PairScorer | None = None,
     rerank: int = 128,
+    all_pairs: bool = False,
     temperature: float = 0.07,
     combine: Literal["sum", "matching"] = "sum",
     batch_size: int = 256,
     item: Literal["image", "video"] = "image",
     captions: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> Ranking:
     """Text → item and item → text retrieval over one gallery.
 
@@ -63,12 +71,14 @@ def rank(
         text_items: the item that each text describes; every item needs a text.
         score_pairs: the matching head, see `PairScorer`; called with exactly `batch_size` ids each time.
         rerank: candidates of a query that it re-scores; 0: contrastive similarity alone decides.
+        all_pairs: re-score every pair instead: queries × items passes.
         temperature: of the contrastive softmax.
         combine: candidates are ordered by log P(pair) + similarity / temperature ("sum") or log P(pair) ("matching").
         batch_size: pairs a call of `score_pairs`; the last batch is padded.
         item: names the metrics; those of videos go under `retrieval/video/`.
-        captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own item
-            only, which is the default.
+        captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own
+            item only, which is the default.
+        progress: is told how many pairs are scored.
 
     Returns:
         Metrics such as `retrieval/text_to_image/recall@1`, `retrieval/mean_recall`, their contrastive-only
@@ -81,10 +91,15 @@ def rank(
     item_texts = _texts_of_items(text_items, len(item_features))
     right_items, right_texts = _right_answers(text_items, item_texts, captions)
     similarity = contrastive_scores(text_features, item_features)  # (T, I)
-    candidates = (top_candidates(similarity, rerank), top_candidates(similarity.T, rerank))  # (T, K), (I, K)
-    odds, pairs_scored = (None, None), 0
-    if score_pairs is not None and rerank > 0:
-        odds, pairs_scored = _score_candidates(*candidates, score_pairs, batch_size)
+    candidates, odds, pairs_scored = (None, None), (None, None), 0
+    start = time.perf_counter()
+    if score_pairs is not None and all_pairs:
+        every = _score_every_pair(*similarity.shape, score_pairs, batch_size, progress)
+        odds, pairs_scored = (every, every.T), every.size
+    elif score_pairs is not None and rerank > 0:
+        candidates = (top_candidates(similarity, rerank), top_candidates(similarity.T, rerank))  # (T, K), (I, K)
+        odds, pairs_scored = _score_candidates(*candidates, score_pairs, batch_size, progress)
+    seconds = time.perf_counter() - start
 
     prefix = "retrieval/" if item == "image" else "retrieval/video/"
     contrastive_prefix = prefix.replace("retrieval/", "retrieval/contrastive/")
@@ -104,7 +119,7 @@ def rank(
         metrics[f"{where}mean_recall"] = float(np.mean(recalls))
     metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
     metrics |= {f"{prefix}items": len(item_texts)}
-    return Ranking(metrics, *tops)
+    return Ranking(metrics, *tops, seconds)
 
 
 def contrastive_scores(
@@ -131,7 +146,11 @@ def top_candidates(scores: Float[np.ndarray, "Q I"], k: int, chunk: int = 4096) 
 
 
 def score_in_batches(
-    text_ids: Int[np.ndarray, " N"], item_ids: Int[np.ndarray, " N"], score_pairs: PairScorer, batch_size: int
+    text_ids: Int[np.ndarray, " N"],
+    item_ids: Int[np.ndarray, " N"],
+    score_pairs: PairScorer,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> Float[np.ndarray, " N"]:
     """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0)."""
     scores = np.empty(len(text_ids))
@@ -140,6 +159,8 @@ def score_in_batches(
         padding = (0, batch_size - (stop - start))
         batch = score_pairs(np.pad(text_ids[start:stop], padding), np.pad(item_ids[start:stop], padding))
         scores[start:stop] = np.asarray(batch)[: stop - start]
+        if progress is not None:
+            progress(stop, len(text_ids))
     return scores
 
 
@@ -177,6 +198,7 @@ def _score_candidates(
     item_candidates: Int[np.ndarray, "I M"],
     score_pairs: PairScorer,
     batch_size: int,
+    progress: Progress | None,
 ) -> tuple[tuple[Float[np.ndarray, "T K"], Float[np.ndarray, "I M"]], int]:
     """Log-odds of the candidates both ways, and how many pairs were scored: a pair wanted both ways counts once."""
     items = len(item_candidates)
@@ -185,22 +207,43 @@ def _score_candidates(
     )  # text · items + item: one pair's number
     backward = item_candidates * items + np.arange(items)[:, None]
     pairs = np.unique(np.concatenate([forward.ravel(), backward.ravel()]))
-    odds = score_in_batches(pairs // items, pairs % items, score_pairs, batch_size)
+    odds = score_in_batches(pairs // items, pairs % items, score_pairs, batch_size, progress)
     return (odds[np.searchsorted(pairs, forward)], odds[np.searchsorted(pairs, backward)]), len(pairs)
+
+
+def _score_every_pair(
+    texts: int, items: int, score_pairs: PairScorer, batch_size: int, progress: Progress | None
+) -> Float[np.ndarray, "T I"]:
+    """Log-odds of all pairs, so many texts at a time that their pairs fill whole batches."""
+    odds = np.empty((texts, items), np.float32)
+    step = math.lcm(batch_size, items) // items * max(1, 2**20 // math.lcm(batch_size, items))
+    for first in range(0, texts, step):
+        rows = np.arange(first, min(first + step, texts))
+
+        def told(done: int, _: int, before: int = first * items) -> None:
+            if progress is not None:
+                progress(before + done, texts * items)
+
+        ids = np.repeat(rows, items), np.tile(np.arange(items), len(rows))
+        odds[rows] = score_in_batches(*ids, score_pairs, batch_size, told).reshape(len(rows), items)
+    return odds
 
 
 def _final_rows(
     similarity: Float[np.ndarray, "Q I"],
-    candidates: Int[np.ndarray, "Q K"],
+    candidates: Int[np.ndarray, "Q K"] | None,
     odds: Float[np.ndarray, "Q K"] | None,
     temperature: float,
     combine: str,
 ) -> Iterator[Float[np.ndarray, " I"]]:
-    """Yields each query's final scores: the candidates re-scored, all others below them in contrastive order."""
+    """Yields each query's final scores: the candidates re-scored, all others below them in contrastive order.
+
+    Without `candidates`, `odds` are those of all items.
+    """
     for query, cosines in enumerate(similarity):
         scores = cosines.astype(np.float64) / temperature
         if odds is not None:
-            chosen = candidates[query]
+            chosen = slice(None) if candidates is None else candidates[query]
             final = -np.logaddexp(0.0, -odds[query])  # log P(pair) = log sigmoid(odds)
             if combine == "sum":
                 final = final + scores[chosen]

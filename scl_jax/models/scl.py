@@ -1,4 +1,4 @@
-"""The whole network: vision encoder, text encoder, fusion encoder and the pre-training heads.
+"""The whole network: vision encoder, text encoder, fusion encoder and the heads of its task.
 
 Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), D fusion width, E contrastive
 width, S kept patches, P patches of a frame.
@@ -13,15 +13,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder
-from scl_jax.models.heads import ContrastiveHead, MaskedLanguageHead, MatchingHead
-from scl_jax.models.layers import Precision
+from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
+from scl_jax.models.layers import BERT_INIT, Precision
 from scl_jax.models.text import TextConfig, TextEncoder
 from scl_jax.models.vision import VisionConfig, VisionEncoder
+
+PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
 
 
 @dataclasses.dataclass(frozen=True)
 class SCLConfig:
-    """Sizes of the whole network."""
+    """Sizes of the whole network; `heads` names those it has, `answers` counts the classes of the head `vqa`."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
@@ -29,19 +31,28 @@ class SCLConfig:
     projection_width: int = 512
     initial_temperature: float = 0.07
     precision: Precision = Precision()
+    heads: tuple[str, ...] = PRETRAINING_HEADS
+    answers: int = 3129
 
 
 class SCL(nnx.Module):
     """Semantic Completion Learning (Ji et al., CVPR 2023) for images and videos."""
 
+    contrastive: ContrastiveHead
+    matching: MatchingHead
+    masked_language: MaskedLanguageHead
+    vqa: Classifier
+    nlvr2: Classifier
+    entailment: Classifier
+    rank: nnx.Linear
+
     def __init__(self, config: SCLConfig, rngs: nnx.Rngs):
-        c, precision, width = config, config.precision, config.fusion.width
+        c, precision = config, config.precision
         self.vision = VisionEncoder(c.vision, precision, rngs)
         self.text = TextEncoder(c.text, precision, rngs)
         self.fusion = FusionEncoder(c.fusion, c.text.width, c.vision.width, precision, rngs)
-        self.contrastive = ContrastiveHead(width, c.projection_width, c.initial_temperature, precision, rngs)
-        self.matching = MatchingHead(width, precision, rngs)
-        self.masked_language = MaskedLanguageHead(width, c.text.vocab_size, precision, rngs)
+        for head in c.heads:  # in their order: it decides which random numbers they start from
+            setattr(self, head, _make_head(head, c, rngs))
 
     @jax.named_scope("vision")
     def encode_image(
@@ -82,3 +93,25 @@ class SCL(nnx.Module):
     def project_text(self, text: Float[Array, "B L D"]) -> Float[Array, "B E"]:
         """Text tokens → contrastive space, not normalised."""
         return self.contrastive.text(text[:, 0])
+
+
+def _make_head(name: str, config: SCLConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """A head by its name; METHOD section 7 has those of the tasks."""
+    c, precision, width = config, config.precision, config.fusion.width
+    joint = 2 * width
+    match name:
+        case "contrastive":
+            return ContrastiveHead(width, c.projection_width, c.initial_temperature, precision, rngs)
+        case "matching":
+            return MatchingHead(width, precision, rngs)
+        case "masked_language":
+            return MaskedLanguageHead(width, c.text.vocab_size, precision, rngs)
+        case "vqa":
+            return Classifier(joint, joint, c.answers, precision, rngs)
+        case "nlvr2":  # the joint vectors of both images
+            return Classifier(2 * joint, joint, 2, precision, rngs)
+        case "entailment":
+            return Classifier(joint, joint, 3, precision, rngs)
+        case "rank":
+            return precision.linear(joint, 1, BERT_INIT, rngs)
+    raise ValueError(f"unknown head {name!r}")

@@ -1,6 +1,6 @@
 """InfoNCE and the image-text contrastive objective (METHOD section 4).
 
-Axes: G groups, B rows (samples, or tokens of a group), E width of the compared vectors.
+Axes: G groups, B rows (samples, or tokens of a group), T texts of an image, E width of the compared vectors.
 """
 
 from __future__ import annotations
@@ -44,3 +44,11 @@ def contrastive_loss(
 ) -> LossSum:
     """InfoNCE between projected texts and images over the whole batch; vectors need not be normalised."""
     return info_nce(unit(text), unit(image), temperature, weight)
+
+
+def first_image_loss(text: Float[Array, "B T E"], image: Float[Array, "B E"], temperature: Float[Array, ""]) -> LossSum:
+    """The first image against the texts of all images, its own being the first text: the reference's contrastive term
+    of retrieval fine-tuning, which leaves the other images out (METHOD section 8, item 23)."""
+    texts = unit(text).reshape(-1, text.shape[-1])
+    logits = jnp.einsum("e,te->t", unit(image)[0], texts, precision=jax.lax.Precision.HIGHEST) / temperature
+    return LossSum(jax.nn.logsumexp(logits) - logits[0], jnp.ones([], logits.dtype))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -36,6 +35,7 @@ from scl_jax.objectives.views import (
     harden_partners,
     pairs_needed,
 )
+from scl_jax.tasks.task import Outputs, WholeBatch, bounded_temperature
 from scl_jax.types import Batch, LossSum
 
 
@@ -56,24 +56,6 @@ class Ramp:
         return self.weight * jnp.clip(progress, 0.0, 1.0)
 
 
-@flax.struct.dataclass
-class WholeBatch:
-    """Vectors compared over the whole batch, by name, with the weight of their samples; and the temperature."""
-
-    vectors: dict[str, Float[Array, "B *axes"]]
-    weight: Float[Array, " B"]
-    temperature: Float[Array, ""]
-
-
-@flax.struct.dataclass
-class Outputs:
-    """What one pass over a (micro-)batch gives."""
-
-    losses: dict[str, LossSum]
-    accuracies: dict[str, LossSum]
-    whole_batch: WholeBatch
-
-
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
     """The seven objectives with their weights and settings."""
@@ -85,6 +67,11 @@ class Pretraining:
     local_temperature: Mapping[str, float]  # of local_vision and local_text
     temperature_range: tuple[float, float] | None = (0.01, 1.0)  # of the contrastive one; None: not bounded
     norm_over_frames: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a group: matching and local completion stay inside it."""
+        return self.masks.group_size
 
     def active(self, step: int) -> tuple[str, ...]:
         """The objectives that take part in step number `step`; each set of them is compiled once."""
@@ -102,10 +89,7 @@ class Pretraining:
 
     def constrain(self, params: Params) -> Params:
         """Parameters after an update, with the temperature back in its range."""
-        if self.temperature_range is None:
-            return params
-        temperature = jnp.clip(params["contrastive"]["temperature"], *self.temperature_range)
-        return {**params, "contrastive": {**params["contrastive"], "temperature": temperature}}
+        return bounded_temperature(params, self.temperature_range)
 
     def features(
         self, model: SCL, batch: Batch, masks: Masks, active: Collection[str], key: Key[Array, ""] | None

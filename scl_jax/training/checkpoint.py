@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from scl_jax.training.state import TrainState
+
+# Orbax warns at every save between two evaluations
+logging.getLogger("absl").addFilter(lambda record: "did not provide metrics" not in record.getMessage())
 
 
 class Checkpoints:
@@ -38,13 +42,22 @@ class Checkpoints:
             )
         self._best_metric = best_metric
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            # without it, metrics are not written, and a restarted run forgets which checkpoint is the best
+            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+            cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
     def latest(self) -> int | None:
         """The newest step, None without any."""
         return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step whose `best_metric` is highest, the earliest of several; None where none was evaluated."""
+        scored = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        values = {step: metrics[self._best_metric] for step, metrics in scored.items() if metrics}
+        return max(sorted(values), key=values.__getitem__, default=None)
 
     def save(
         self, step: int, state: TrainState, progress: dict[str, Any], metrics: Mapping[str, float] | None = None

@@ -30,7 +30,15 @@ from ml_collections import ConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -140,6 +148,11 @@ class RunLog:
         if self._display is not None:
             self._display.status(step, {name: _number(value) for name, value in (metrics or {}).items()})
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A second bar below that of the steps, such as "evaluation: pairs"; it goes when all is done."""
+        if self._display is not None:
+            self._display.progress(what, done, total)
+
     def say(self, message: str) -> None:
         """Prints one line above the live display, such as "resumed from step 400"."""
         if self._display is not None:
@@ -149,7 +162,7 @@ class RunLog:
         """Writes results.json, ends the live display, and prints a table: the outcome, so also with the console off."""
         if self._is_main:
             numbers = {name: _number(value) for name, value in results.items()}
-            write_results(self.workdir, numbers)
+            write_results(self.workdir, {name: x for name, x in numbers.items() if not name.startswith(SPEED)})
             if self._display is not None:
                 self._display.close()
             Console().print(results_table(numbers))
@@ -251,11 +264,12 @@ class _Display:
         self._total = total_steps
         self._numbers: dict[str, float] = {}
         self._live = None
+        self._second: TaskID | None = None  # the bar of an evaluation
         if self.console.is_terminal:
-            columns = (TextColumn("[bold]step"), BarColumn(40), MofNCompleteColumn(), TextColumn("·"))
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(40), MofNCompleteColumn(), TextColumn("·"))
             times = (TimeElapsedColumn(), TextColumn("elapsed ·"), TimeRemainingColumn(), TextColumn("to go"))
             self._progress = Progress(*columns, *times, console=self.console)
-            self._task = self._progress.add_task("", total=total_steps, completed=step)
+            self._task = self._progress.add_task("step", total=total_steps, completed=step)
             self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2)
             self._live.start()
 
@@ -270,6 +284,16 @@ class _Display:
         self._numbers |= numbers
         if self._live is not None:
             self._progress.update(self._task, completed=step)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self._live is None:
+            return
+        if self._second is None:
+            self._second = self._progress.add_task("")
+        self._progress.update(self._second, description=what, completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._second)
+            self._second = None
 
     def close(self) -> None:
         if self._live is not None:

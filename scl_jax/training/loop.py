@@ -16,14 +16,14 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from scl_jax.tasks.pretrain import Pretraining
+from scl_jax.tasks.task import Task
 from scl_jax.training.checkpoint import Checkpoints
 from scl_jax.training.distributed import CompiledTogether
 from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
 from scl_jax.training.sharding import global_batch
 from scl_jax.training.state import TrainState
-from scl_jax.types import Batch
+from scl_jax.types import FIELDS, Batch
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 
@@ -37,10 +37,13 @@ class Schedule:
     checkpoint_every: int
     evaluate_every: int
     profile: tuple[int, int] = (0, 0)
+    evaluate_last: bool = False  # so that the last step takes part in the choice of the best
 
     def evaluates(self, step: int) -> bool:
         """Whether step number `step` is followed by an evaluation."""
-        return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.steps
+        if step >= self.steps:
+            return self.evaluate_last
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
 
     def saves(self, step: int) -> bool:
         """Whether step number `step` is followed by a checkpoint."""
@@ -93,7 +96,8 @@ class Feed:
         arrays = next(self._iterator)
         self.waited += time.perf_counter() - start
         stream = arrays.pop("stream")
-        self._next = (stream, Batch(**global_batch(arrays, self._mesh)), self._iterator.get_state())
+        fields = {name: arrays[name] for name in FIELDS if name in arrays}
+        self._next = (stream, Batch(**global_batch(fields, self._mesh)), self._iterator.get_state())
 
     def take(self) -> tuple[str, Batch, dict[str, Any]]:
         """(stream, batch, state of the iterator after this batch)."""
@@ -173,7 +177,7 @@ class Speed:
 
 
 def train(
-    task: Pretraining,
+    task: Task,
     step_function: Callable,
     state: TrainState,
     iterator: Any,

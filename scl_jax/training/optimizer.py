@@ -13,7 +13,7 @@ import optax
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 
-HEADS = r"(masked_language|matching|vqa|nlvr2|entailment)\..*"
+HEADS = r"(masked_language|matching|vqa|nlvr2|entailment|rank)\..*"
 FUSION = r"fusion\.(?!token_type).*"
 # embeddings and single rows that are added to tokens; word embeddings are the exception and decay
 NO_DECAY = r".*(\.bias|\.scale|temperature|class_embedding|mask_embedding|token_type)" + (
@@ -41,12 +41,15 @@ class OptimizerConfig:
     ema: float = 0.0
     decay_like_reference: bool = False
     adam_eps_uncorrected: bool = False
+    rank_head_like_encoders: bool = False
 
 
 def multiplier(path: str, config: OptimizerConfig) -> float:
     """The learning-rate multiplier of the parameter at a dotted path."""
     if re.fullmatch(FUSION, path):
         return config.multiplier_fusion
+    if config.rank_head_like_encoders and path.startswith("rank."):
+        return 1.0
     return config.multiplier_head if re.fullmatch(HEADS, path) else 1.0
 
 

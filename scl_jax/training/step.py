@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
-from scl_jax.tasks.pretrain import Outputs, Pretraining, WholeBatch
+from scl_jax.tasks.task import Outputs, Task, WholeBatch
 from scl_jax.training.state import TrainState
 from scl_jax.types import Batch, LossSum
 
@@ -45,7 +45,7 @@ def weighted_total(losses: dict[str, LossSum], weights: dict[str, Any]) -> Float
 
 
 def whole_batch_gradient(
-    task: Pretraining, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key
+    task: Task, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key
 ) -> tuple[Params, Outputs]:
     """Gradient of the total loss by one pass over the batch."""
 
@@ -58,10 +58,10 @@ def whole_batch_gradient(
 
 
 def accumulated_gradient(
-    task: Pretraining, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key, count: int
+    task: Task, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key, count: int
 ) -> tuple[Params, Outputs]:
     """The same gradient by two passes over `count` micro-batches, in the memory of one of them."""
-    group = min(task.masks.group_size, batch.weight.shape[0])
+    group = min(task.group_size, batch.weight.shape[0])
     micro_batches = split_micro_batches((batch, masks), count, group)
     keys = None if key is None else jax.random.split(key, count)
 
@@ -107,7 +107,7 @@ def accumulated_gradient(
 
 
 def make_step(
-    task: Pretraining,
+    task: Task,
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -142,7 +142,8 @@ def make_step(
         metrics["loss/total"] = weighted_total(outputs.losses, weights)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-        metrics["temperature"] = params["contrastive"]["temperature"]
+        if "contrastive" in params:
+            metrics["temperature"] = params["contrastive"]["temperature"]
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return step

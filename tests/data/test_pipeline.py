@@ -9,6 +9,7 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from batches import Letters, assert_same, take, text_of
 from PIL import Image
 
 from scl_jax.config import default_config
@@ -39,20 +40,6 @@ def clip(seed: int) -> bytes:
 def records(count: int, media, name: str) -> list[dict]:
     captions = [[f"{name}{i} one", f"{name}{i} two"][: 1 + i % 2] for i in range(count)]
     return [{"id": f"{name}{i}", "media": media(i), "captions": captions[i]} for i in range(count)]
-
-
-class Letters:
-    """A tokenizer whose tokens are bytes."""
-
-    def encode(self, text: str, length: int) -> dict[str, np.ndarray]:
-        ids = np.zeros(length, np.int32)
-        letters = text.encode()[:length]
-        ids[: len(letters)] = list(letters)
-        return {"token_ids": ids, "token_mask": ids > 0, "word_ids": np.where(ids > 0, 0, -1).astype(np.int32)}
-
-
-def text_of(ids: np.ndarray) -> str:
-    return bytes(ids[ids > 0].tolist()).decode()
 
 
 @pytest.fixture
@@ -88,18 +75,6 @@ def share(process: int, count: int):
 def dealt_out(parts: list[np.ndarray]) -> np.ndarray:
     """Undoes `share`."""
     return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def take(batches, count: int) -> list[dict]:
-    return [next(batches) for _ in range(count)]
-
-
-def assert_same(ours: list[dict], theirs: list[dict]) -> None:
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_the_resize_decides_nothing_but_pixels(data):

@@ -135,3 +135,27 @@ def test_no_pairs_need_no_call():
 def test_texts_and_items_that_do_not_fit_are_refused(text_items, message):
     with pytest.raises(ValueError, match=message):
         rank(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.array(text_items))
+
+
+@pytest.mark.parametrize("combine", ["sum", "matching"])
+def test_all_pairs_are_as_many_candidates_as_there_are_answers(combine):
+    texts, items, text_items, odds = gallery()
+    told = []
+    options = {"score_pairs": lambda t, i: odds[t, i], "combine": combine, "batch_size": 32}
+    every = rank(texts, items, text_items, all_pairs=True, rerank=0, progress=lambda *now: told.append(now), **options)
+    many = rank(texts, items, text_items, rerank=len(texts), **options)
+    assert every.metrics == many.metrics
+    assert every.metrics["retrieval/pairs_scored"] == odds.size
+    np.testing.assert_array_equal(every.text_to_item.ids, many.text_to_item.ids)
+    assert told[-1] == (odds.size, odds.size) and [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_results_do_not_depend_on_the_batch_size():
+    texts, items, text_items, odds = gallery()
+    results = [
+        rank(texts, items, text_items, score_pairs=lambda t, i: odds[t, i], rerank=6, all_pairs=every, batch_size=size)
+        for every in (False, True)
+        for size in (1, 7, 64, 4096)
+    ]
+    assert all(result.metrics == results[0].metrics for result in results[:4])
+    assert all(result.metrics == results[4].metrics for result in results[4:])

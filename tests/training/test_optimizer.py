@@ -19,7 +19,7 @@ from golden_case import GOLDEN, GoldenCase, golden_losses
 
 from scl_jax.convert.rules import RULES, flax_to_torch
 from scl_jax.models import parameters
-from scl_jax.tasks.pretrain import Outputs, WholeBatch
+from scl_jax.tasks.task import Outputs, WholeBatch
 from scl_jax.training.optimizer import OptimizerConfig, decays, make_optimizer, make_schedule, multiplier
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step
@@ -65,6 +65,13 @@ def recorded(recording: str) -> dict[str, tuple[float, bool]]:
 def options_of(recording: str, **changes) -> OptimizerConfig:
     _, head, fusion = DOWNSTREAM.get(recording, ("", 5.0, 5.0))
     return OptimizerConfig(multiplier_head=head, multiplier_fusion=fusion, **changes)
+
+
+def test_the_rank_head_learns_as_a_head_and_as_the_encoders_under_the_reference_behaviour():
+    for path in ("rank.kernel", "rank.bias"):
+        assert multiplier(path, OptimizerConfig(multiplier_head=10.0)) == 10.0
+        as_reference = OptimizerConfig(multiplier_head=10.0, rank_head_like_encoders=True)
+        assert multiplier(path, as_reference) == recorded("tiny_image_irtr")[path][0] == 1.0
 
 
 @pytest.mark.parametrize("recording", [*RECORDINGS, *DOWNSTREAM])

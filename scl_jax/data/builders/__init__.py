@@ -54,8 +54,14 @@ class Source:
     `source[i]` is {"id": str, "media": bytes, "captions": list[str], …extra features of the data set}.
     """
 
+    classes: tuple[str, ...]  # of labels or answers; none where the data set has neither
+    features: tuple[str, ...]  # keys of a record
+
     def __init__(self, builder: Any, split: str) -> None:
         features = builder.info.features
+        metadata = builder.info.metadata or {}
+        self.classes, self.features = tuple(metadata.get("classes", ())), tuple(features)
+        self._text_counts = metadata.get("texts", {}).get(split)
         self._records = builder.as_data_source(split)
         self._texts = [key for key, feature in features.items() if _is_text(feature)]
         self._text_lists = [
@@ -74,6 +80,12 @@ class Source:
         for key in self._text_lists:
             record[key] = [text.decode() for text in record[key]]
         return record
+
+    def text_counts(self) -> list[int]:
+        """How many texts each record has: as noted when it was written, else read from all records once."""
+        if self._text_counts is None:
+            self._text_counts = [len(self[index]["captions"]) for index in range(len(self))]
+        return self._text_counts
 
 
 def open_source(name: str, split: str, data_dir: str | Path) -> Source:

@@ -4,13 +4,16 @@ The embedded default, on which every task runs and learns within minutes. A reco
 index) alone and is the same for any number of records. Training scenes never show the colour-shape pairs of
 `toy_scenes.HELD_OUT`; every validation and test scene does, and there no scene contains all colour-shape pairs of
 another one, so that a caption identifies its scene.
+
+Downstream tasks have configs of their own: "questions" with answers, "statements" about two scenes, and "entailment"
+of hypotheses about one; see toy_tasks.py.
 """
 
 from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +23,17 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from scl_jax.data.builders import bytes_feature, record_features, toy_captions, toy_scenes
+from scl_jax.data.builders import bytes_feature, record_features, toy_captions, toy_scenes, toy_tasks
+from scl_jax.data.builders.targets import (
+    ENTAILMENT_CLASSES,
+    STATEMENT_CLASSES,
+    label_features,
+    label_targets,
+    question_features,
+    question_targets,
+    with_keys,
+)
+from scl_jax.data.vqa_answers import ANSWERS_PER_QUESTION
 
 FRAMES_PER_SECOND = 8
 _MAX_ATTEMPTS = 1000  # at one evaluation scene unlike those before it
@@ -30,7 +43,7 @@ _MAX_ATTEMPTS = 1000  # at one evaluation scene unlike those before it
 class ToyWorldConfig(tfds.core.BuilderConfig):
     """How many records a split has, and the seed of them all."""
 
-    train: int = 20_000
+    train: int = 20_000  # every config has its own default
     validation: int = 200
     test: int = 200
     seed: int = 0
@@ -49,19 +62,47 @@ class Phrase:
     masks: Bool[np.ndarray, "F H W"]
 
 
+def _scene_features() -> tfds.features.FeaturesDict:
+    return record_features(
+        things=tfds.features.Tensor(shape=(None, 3), dtype=np.int32),  # indices of colour, shape and size
+        boxes=tfds.features.Tensor(shape=(None, 4), dtype=np.int32),  # frames · objects of them
+        phrases=tfds.features.Tensor(shape=(None, 4), dtype=np.int32),  # caption, start, end, object
+        masks=bytes_feature(),  # PNG of (frames · height, width): 0 background, k + 1 object k
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a config's records are."""
+
+    train: int  # records, unless said otherwise
+    features: Callable[[], tfds.features.FeaturesDict]
+    classes: tuple[str, ...] = ()
+
+
+_KINDS = {
+    "images": _Kind(20_000, _scene_features),
+    "videos": _Kind(4_000, _scene_features),
+    "questions": _Kind(10_000, question_features, toy_tasks.ANSWERS),
+    "statements": _Kind(20_000, lambda: label_features(two_images=True), STATEMENT_CLASSES),
+    "entailment": _Kind(10_000, label_features, ENTAILMENT_CLASSES),
+}
+
+
 class ToyWorld(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of the configs "images" and "videos"."""
+    """TFDS builder of all configs."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = record_features(
-            things=tfds.features.Tensor(shape=(None, 3), dtype=np.int32),  # indices of colour, shape and size
-            boxes=tfds.features.Tensor(shape=(None, 4), dtype=np.int32),  # frames · objects of them
-            phrases=tfds.features.Tensor(shape=(None, 4), dtype=np.int32),  # caption, start, end, object
-            masks=bytes_feature(),  # PNG of (frames · height, width): 0 background, k + 1 object k
+        kind = _KINDS[cast(ToyWorldConfig, self.builder_config).name]
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=kind.features(),
+            metadata=tfds.core.MetadataDict(classes=list(kind.classes)),
+            description=__doc__ or "",
+            disable_shuffling=True,
         )
-        return tfds.core.DatasetInfo(builder=self, features=features, description=__doc__ or "", disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = cast(ToyWorldConfig, self.builder_config)
@@ -70,7 +111,7 @@ class ToyWorld(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = cast(ToyWorldConfig, self.builder_config)
-        return enumerate(records(config.name, split, size, config.seed))
+        return with_keys(records(config.name, split, size, config.seed), self.info.metadata, split)
 
 
 def make_builder(
@@ -82,10 +123,10 @@ def make_builder(
     test: int = 200,
     seed: int = 0,
 ) -> ToyWorld:
-    """The builder of "images" (20,000 training scenes unless `train` is given) or "videos" (4,000)."""
-    if config_name not in ("images", "videos"):
-        raise ValueError(f"toy_world has the configs 'images' and 'videos', not {config_name!r}")
-    train = {"images": 20_000, "videos": 4_000}[config_name] if train is None else train
+    """The builder of a config of _KINDS, with its number of training records unless `train` is given."""
+    if config_name not in _KINDS:
+        raise ValueError(f"toy_world has the configs {', '.join(map(repr, _KINDS))}, not {config_name!r}")
+    train = _KINDS[config_name].train if train is None else train
     for option, value in {"train": train, "validation": validation, "test": test}.items():
         if value < 1:
             raise ValueError(f"toy_world/{config_name}: {option}={value}; a split needs at least one record")
@@ -95,11 +136,15 @@ def make_builder(
 
 def records(config_name: str, split: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """The records of a split in order, as they are written; those of a smaller split come first in a larger one."""
+    if config_name not in ("images", "videos"):
+        for index in range(size):
+            yield _TASKS[config_name](_generator(config_name, split, index, seed), split, index)
+        return
     evaluation = split != "train"
     draw = toy_scenes.draw_things if config_name == "images" else toy_scenes.draw_moving_things
     before: list[frozenset] = []
     for index in range(size):
-        rng = np.random.default_rng([seed, zlib.crc32(f"{config_name}/{split}".encode()), index])
+        rng = _generator(config_name, split, index, seed)
         for _ in range(_MAX_ATTEMPTS):
             things = draw(rng, held_out=evaluation)
             pairs = frozenset((thing.colour, thing.shape) for thing in things)
@@ -144,6 +189,62 @@ def _record(name: str, scene: toy_scenes.Scene, rng: np.random.Generator, captio
         "phrases": np.asarray([(i, *p) for i, caption in enumerate(written) for p in caption.phrases], np.int32),
         "masks": _png(labels.reshape(-1, labels.shape[2])),
     }
+
+
+def _generator(config_name: str, split: str, index: int, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(f"{config_name}/{split}".encode()), index])
+
+
+# ---- downstream tasks ----
+
+
+def _questions(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
+    scene = toy_scenes.place(rng, toy_scenes.draw_things(rng, split != "train"), frames=1)
+    asked = toy_tasks.draw_questions(rng, scene, split != "train")
+    return {
+        "id": f"{split}_{index:06d}",
+        "media": _drawn(scene, rng),
+        "captions": [one.text for one in asked],
+        **question_targets(
+            [str(10 * index + number) for number in range(len(asked))],
+            [{toy_tasks.ANSWERS.index(one.answer): 1.0} for one in asked],
+            [one.answer for one in asked for _ in range(ANSWERS_PER_QUESTION)],
+        ),
+    }
+
+
+def _statement(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
+    text, *sides = toy_tasks.draw_statement(rng, kind=index // 2, true=index % 2 == 1, evaluation=split != "train")
+    left, right = (_drawn(toy_scenes.place(rng, things, frames=1), rng) for things in sides)
+    name = f"{split}_{index:06d}"
+    return {
+        "id": name,
+        "media": left,
+        "second_media": right,
+        "captions": [text],
+        **label_targets([name], [index % 2]),
+    }
+
+
+def _entailment(rng: np.random.Generator, split: str, index: int) -> dict[str, Any]:
+    pixels, hypotheses = toy_tasks.draw_entailment(rng, evaluation=split != "train")
+    name = f"{split}_{index:06d}"
+    return {
+        "id": name,
+        "media": encode_image(pixels),
+        "captions": [text for text, _ in hypotheses],
+        **label_targets([f"{name}-{number}" for number in range(len(hypotheses))], [label for _, label in hypotheses]),
+    }
+
+
+_TASKS = {"questions": _questions, "statements": _statement, "entailment": _entailment}
+
+
+# ---- files ----
+
+
+def _drawn(scene: toy_scenes.Scene, rng: np.random.Generator) -> bytes:
+    return encode_image(toy_scenes.render(scene, rng)[0][0])
 
 
 def encode_image(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

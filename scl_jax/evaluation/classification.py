@@ -1,0 +1,133 @@
+"""Visual questions, statements about two images, entailment: scores on a split, and the predictions.
+
+Axes: B batch, K classes, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from scl_jax.data.task_pipeline import TaskEvaluationSet
+from scl_jax.data.vqa_answers import vqa_score
+from scl_jax.models import parameters
+from scl_jax.models.parameters import Params
+from scl_jax.partition import on_mesh
+from scl_jax.tasks.task import ClassifierTask
+from scl_jax.training.sharding import global_batch, whole
+from scl_jax.types import FIELDS, Batch
+
+
+class Predictions(NamedTuple):
+    """The most probable class of every example, by the owner's ids."""
+
+    ids: list[str]
+    classes: list[str]  # in words
+
+
+class ClassificationEvaluation:
+    """Evaluates parameters on the sets of each stream; compiled functions are kept between calls.
+
+    Args:
+        sets: by stream name, "images" or "videos".
+        classes: what the head tells apart, in its order.
+        progress: is told (what, examples done, examples in all).
+
+    Raises:
+        ValueError: a set whose classes are others.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        task: ClassifierTask,
+        mesh: Mesh,
+        sets: Mapping[str, TaskEvaluationSet],
+        *,
+        classes: tuple[str, ...],
+        progress: Callable[[str, int, int], None] | None = None,
+    ):
+        for stream, examples in sets.items():
+            if examples.classes != classes:
+                raise ValueError(
+                    f"the {stream} that are evaluated have {len(examples.classes)} classes and not the {len(classes)} "
+                    "of training, in their order: evaluate on the data set that was trained on"
+                )
+        self.sets = sets
+        self._task, self._mesh, self._classes, self._progress = task, mesh, classes, progress
+
+        def choose(params: Params, batch: Batch) -> Int[Array, " B"]:
+            return jnp.argmax(task.logits(parameters.merge(graph, params), batch), axis=-1)
+
+        self._choose = jax.jit(on_mesh(mesh, choose))
+
+    def __call__(self, params: Params) -> tuple[dict[str, float], dict[str, Predictions]]:
+        """Flat metrics as in results.json, and the predictions of each stream."""
+        metrics: dict[str, float] = {}
+        predictions: dict[str, Predictions] = {}
+        for stream, examples in self.sets.items():
+            chosen, targets = self._choices(params, stream, examples)
+            prefix = f"{self._task.loss}/" if stream == "images" else f"{self._task.loss}/video/"
+            found = self._scores(chosen, targets, examples)
+            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+            ids = [examples.text_id(example) for example in range(examples.num_examples)]
+            predictions[stream] = Predictions(ids, [self._classes[label] for label in chosen])
+        return metrics, predictions
+
+    def _choices(
+        self, params: Params, stream: str, examples: TaskEvaluationSet
+    ) -> tuple[Int[np.ndarray, " N"], np.ndarray | None]:
+        """The class chosen for every example, and the targets where there are: scores (N, K) or labels (N,)."""
+        chosen, targets = [], []
+        for arrays in examples.batches():
+            batch = Batch(**global_batch({name: arrays[name] for name in FIELDS if name in arrays}, self._mesh))
+            choice, weight = whole((self._choose(params, batch), batch.weight))
+            chosen.append(choice[weight > 0])
+            target = batch.label if batch.answer_scores is None else batch.answer_scores
+            targets.append(None if target is None else whole(target)[weight > 0])
+            if self._progress is not None:
+                done = sum(len(part) for part in chosen)
+                self._progress(f"{self._task.loss}, {stream}", done, examples.num_examples)
+        known = None if any(part is None for part in targets) else np.concatenate(targets)
+        return np.concatenate(chosen), known
+
+    def _scores(
+        self, chosen: Int[np.ndarray, " N"], targets: np.ndarray | None, examples: TaskEvaluationSet
+    ) -> dict[str, float]:
+        """Metrics of a stream; only the number of examples where their targets are not published."""
+        numbers: dict[str, float] = {"examples": len(chosen)}
+        if targets is None:
+            return numbers
+        if targets.ndim == 2:
+            return numbers | self._answer_scores(chosen, targets, examples)
+        known = targets >= 0
+        if not known.any():
+            return numbers
+        labels = targets[known]
+        majority = np.bincount(labels, minlength=len(self._classes)).max() / len(labels)
+        return {"accuracy": float((chosen[known] == labels).mean()), "majority": float(majority), **numbers}
+
+    def _answer_scores(
+        self, chosen: Int[np.ndarray, " N"], scores: Float[np.ndarray, "N K"], examples: TaskEvaluationSet
+    ) -> dict[str, float]:
+        """VQA's official score from the people's answers, or from the soft targets where only these are known."""
+        people = [examples.answers(example) for example in range(len(chosen))]
+        answerable = scores.max(axis=1) > 0
+        if all(people):
+            given = [vqa_score(self._classes[label], ten) for label, ten in zip(chosen, people, strict=True)]
+        elif answerable.any():
+            given = scores[np.arange(len(chosen)), chosen]
+        else:
+            return {}
+        return {
+            "score": float(np.mean(given)),
+            "majority": float(scores.mean(axis=0).max()),  # always the one answer that scores best
+            "in_vocabulary": float(answerable.mean()),  # questions that the vocabulary can answer at all
+        }

@@ -1,7 +1,7 @@
 """What a compiled program does, read from its HLO text: matrix FLOPs, collectives, large results, all of one device.
 
 `compiled.cost_analysis()` counts the body of a loop once. Here every computation counts as often as it runs: the body
-of a `while` times its trip count, which is the constant that its condition compares the counter with.
+of a `while` times its trip count, the constant that its condition compares the counter with (once where there is none).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scl_jax.data import builders
-from scl_jax.data.builders.own_data import LEFT_OUT_FILE, BrokenRecordsError
+from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
 from scl_jax.data.tokens import load_tokenizer, train_tokenizer
 
 _FLAGS = flags.FLAGS

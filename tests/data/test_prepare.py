@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from scl_jax.data.builders import open_source
-from scl_jax.data.builders.own_data import BrokenRecordsError
+from scl_jax.data.builders.problems import BrokenRecordsError
 from scl_jax.data.prepare import prepare_dataset, write_tokenizer
 from scl_jax.data.tokens import load_tokenizer
 

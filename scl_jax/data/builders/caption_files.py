@@ -115,7 +115,7 @@ def read_rows(file: Path, file_format: str, media: Path | None, split: str, spli
         return
     if media is None:
         raise ValueError(f"caption file {file} names files: give the folder that they lie in (--media)")
-    read = {"jsonl": _read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
+    read = {"jsonl": read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
     for place, values in read(file):
         if isinstance(values, str):
             yield Problem(place, values)
@@ -152,7 +152,8 @@ def read_folder(media: Path) -> Iterator[Row | Problem]:
 _Values = Iterator[tuple[Place, Mapping[str, Any] | str]]
 
 
-def _read_jsonl(file: Path) -> _Values:
+def read_jsonl(file: Path) -> _Values:
+    """The objects of a file of one JSON object a line, or why a line holds none."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = Place(str(file), number)
@@ -198,7 +199,7 @@ def _read_nlvr(file: Path) -> _Values:
     Paths are below the `images` folder; the first part of the identifier is the scene and the group.
     """
     part = file.stem  # dev.json describes dev-<n>-<m>-<k>.png
-    for place, values in _read_jsonl(file):
+    for place, values in read_jsonl(file):
         if isinstance(values, str):
             yield place, values
         elif missing := [key for key in ("sentence", "label", "identifier", "directory") if key not in values]:

@@ -189,7 +189,7 @@ QUESTIONS = {
         (21, 2, "what kind?", ["tabby"] * 10),  # outside the vocabulary
     ],
     "val2014": [
-        (30, 3, "is it?", ["yes"] * 10),
+        (30, 8, "is it?", ["yes"] * 10),
         (40, 4, "what?", ["the cat"] * 3 + ["horse"] * 7),
         (41, 4, "how many?", ["2"] * 10),
     ],
@@ -233,7 +233,7 @@ def vqav2(tree: Path, arrows: Path) -> None:
     second = row(2, (20, "is it red?", {2: 1.0}))
     arrow(arrows / "vqav2_train.arrow", **{key: first[key] + second[key] for key in first})
     arrow(arrows / "vqav2_trainable_val.arrow", **row(4, (40, "what?", {0: 0.9}), (41, "how many?", {1: 1.0})))
-    arrow(arrows / "vqav2_rest_val.arrow", **row(3, (30, "is it?", {2: 1.0})))
+    arrow(arrows / "vqav2_rest_val.arrow", **row(8, (30, "is it?", {2: 1.0})))
     for part in ("test", "test-dev"):
         arrow(arrows / f"vqav2_{part}.arrow", **row(5, (50, "where?", {})))
 

@@ -204,7 +204,7 @@ class RawPreparation:
         options = {"source": str(self._source.resolve()), "classes": list(classes)}
         if done.exists():
             report = json.loads(done.read_text())
-            if report["options"] == options:
+            if report["options"] == options and (self._skip_broken or not report["problems"]):
                 return report
         shutil.rmtree(folder, ignore_errors=True)
         report = {"options": options, "texts": [], "notes": Counter(), "problems": []}
@@ -223,7 +223,8 @@ class RawPreparation:
                 builder = _split_builder(self._dataset, folder)
                 builder.shards = {split: self._shards(items, report, lambda: progress.advance(bar))}
                 builder.download_and_prepare()
-        done.write_text(json.dumps(report))
+        if self._skip_broken or not report["problems"]:  # else it is made again, once its files are repaired
+            done.write_text(json.dumps(report))
         return report
 
     def _shards(

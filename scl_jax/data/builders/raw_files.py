@@ -149,15 +149,20 @@ def table(file: Path, separator: str, columns: Sequence[str] = ()) -> Iterator[t
 
 def value(entry: Any, key: str, kind: type | tuple[type, ...] = (str, int)) -> Any:
     """What an entry has under a key; UnusableError where it is missing or of another kind."""
-    if not isinstance(entry, dict) or key not in entry:
-        raise UnusableError(
-            f"no {key!r}" + (f" among: {', '.join(map(str, entry))}" if isinstance(entry, dict) else "")
-        )
+    if not isinstance(entry, dict):
+        raise UnusableError(f"a {type(entry).__name__}, not an object with {key!r}")
+    if key not in entry:
+        raise UnusableError(f"no {key!r} among: {', '.join(map(str, entry))}")
     if not isinstance(entry[key], kind):
-        raise UnusableError(
-            f"{key} is no {kind if isinstance(kind, tuple) else kind.__name__}: {str(entry[key])[:60]!r}"
-        )
+        raise UnusableError(f"{key} is a {type(entry[key]).__name__}: {str(entry[key])[:60]!r}")
     return entry[key]
+
+
+def pair(entry: Any) -> tuple[str, Any]:
+    """The file and the caption of an entry of a list of pairs; UnusableError for another."""
+    if not isinstance(entry, list | tuple) or len(entry) < 2 or not isinstance(entry[0], str):
+        raise UnusableError(f"no pair of a file and a caption: {str(entry)[:60]!r}")
+    return entry[0], entry[1]
 
 
 def each(rows: Rows, make: Callable[[Place, Any], RawItem | Note | None]) -> Iterator[RawItem | Note | Problem]:
@@ -188,7 +193,7 @@ def arrow_rows(source: Path, patterns: Sequence[str], columns: Sequence[str]) ->
         found = arrow_table(file)
         if missing := [name for name in columns if name not in found.column_names]:
             raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(found.column_names)}")
-        texts = found.select([name for name in found.column_names if found.schema.field(name).type not in _BINARY])
+        texts = found.select([field.name for field in found.schema if "binary" not in str(field.type)])
         row = 0
         for batch in texts.to_batches():
             for values in batch.to_pylist():

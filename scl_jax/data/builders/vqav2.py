@@ -144,7 +144,7 @@ def read_arrow(source: Path) -> RawSplits:
 
 def _arrow_classes(source: Path, names: Sequence[str]) -> tuple[str, ...]:
     answer_of: dict[int, str] = {}
-    for _, _, values in arrow_rows(source, names, ("image",)):
+    for _, _, values in arrow_rows(source, names, ("image",)) if names else ():
         for labels, answers in zip(values.get("answer_labels") or (), values.get("answers") or (), strict=False):
             answer_of.update(zip(labels or (), answers or (), strict=False))
     unnamed = sorted(set(range(max(answer_of, default=-1) + 1)) - set(answer_of))

@@ -150,7 +150,8 @@ def test_other_forms_of_the_same_captions(tree, tmp_path, layout):
     if layout == "json":
         raw_trees.put(source / "sbu-captions-all.json", {"image_urls": urls, "captions": captions})
     else:
-        raw_trees.put(source / "annot.json", [[f"x/{url.split('/')[-1]}", c] for url, c in zip(urls, captions)])
+        pairs = [[f"x/{url.split('/')[-1]}", c] for url, c in zip(urls, captions, strict=True)]
+        raw_trees.put(source / "annot.json", pairs)
     prepare("sbu/captions", tmp_path / "other", source=str(source))
     one, other = (records("sbu/captions", "train", tmp_path / kind) for kind in ("one", "other"))
     assert one == other
@@ -234,7 +235,7 @@ def test_empty_questions_and_questions_without_annotation_are_named(tree, tmp_pa
     raw_trees.put(file, {"questions": questions})
     found = reasons("vqav2/questions", source, tmp_path, splits=["train", "validation"])
     assert "question 99 has no annotation in v2_mscoco_val2014_annotations.json" in found
-    assert "3, question 30: empty question" in found
+    assert "8, question 30: empty question" in found
 
 
 def test_a_label_that_is_none_is_named(tree, tmp_path):

@@ -207,7 +207,7 @@ def _summarise(name: str, out: Path, folder: Path, console: Console) -> list[str
         shown = ("–" if count is None else f"{count:,}" for count in published)
         table.add_row(split, f"{items:,}", f"{captions:,}", f"{size / 1e6:,.1f}", *shown)
     console.print(table)
-    for split, notes in info.metadata.get("notes", {}).items():
+    for split, notes in (info.metadata or {}).get("notes", {}).items():
         for note, count in notes.items():
             console.print(f"{split}: {count:,} {note}", soft_wrap=True)
     return train_captions

@@ -64,7 +64,7 @@ def _from_list(file: Path, folder: Path) -> Iterator:
     def make(place: Place, entry: Any) -> RawItem:
         path, caption = pair(entry)
         name = path.rsplit("/", 1)[-1]
-        return RawItem(place, name, (Located(folder, (found.get(name, name),)),), (RawText(caption),))
+        return RawItem(place, name, (Located(folder, (found.get(name) or name,)),), (RawText(caption),))
 
     yield from each(numbered(file, read_json(file)), make)
 

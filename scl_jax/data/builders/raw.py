@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.splits import SplitDict
 
 from scl_jax.data.builders import record_features
 from scl_jax.data.builders.caption_files import Place, Problem, UnusableError, checked_text
@@ -42,7 +43,7 @@ from scl_jax.data.builders.targets import (
     question_targets,
 )
 
-_SHARD = {"image": 1000, "video": 200}  # records of a shard, which is held in memory while it is written
+_SHARD = {"image": 1000, "video": 100}  # records of a shard, which is held in memory while it is written
 _DONE_FILE = "finished.json"  # in the folder of a finished split: the options that it was made with
 
 
@@ -258,7 +259,7 @@ class RawPreparation:
         whole.metadata["classes"] = list(classes)
         for key in ("texts", "notes"):
             whole.metadata[key] = {split: report[key] for split, report in written.items()}
-        whole.set_splits(tfds.core.splits.SplitDict(infos))
+        whole.set_splits(SplitDict(infos))
         whole.write_to_directory(target)
 
 

@@ -45,7 +45,7 @@ def _entries(file: Path, folder: Path) -> Iterator:
     def make(place: Place, entry: Any) -> RawItem:
         address, caption = pair(entry)
         name = address.strip().rsplit("/", 1)[-1]
-        return RawItem(place, name, (Located(folder, (found.get(name, name),)),), (RawText(caption),))
+        return RawItem(place, name, (Located(folder, (found.get(name) or name,)),), (RawText(caption),))
 
     yield from each(numbered(file, _pairs(file)), make)
 

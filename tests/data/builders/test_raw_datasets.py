@@ -10,7 +10,7 @@ import raw_trees
 from batches import Letters
 
 from scl_jax.config import default_config
-from scl_jax.data.builders import builder_module, open_source, prepare, vqav2
+from scl_jax.data.builders import builder_module, open_source, prepare, raw, vqav2
 from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
 from scl_jax.data.prepare import prepare_dataset
 from scl_jax.data.task_pipeline import class_names, task_dataset, task_evaluation_set
@@ -189,7 +189,8 @@ def reasons(name, source, tmp_path, **options):
     return {problem.reason.replace(str(source), "TREE") for problem in error.value.problems}
 
 
-def test_missing_and_broken_images_are_listed_and_can_be_left_out(tree, tmp_path):
+def test_missing_and_broken_images_are_listed_and_can_be_left_out(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "_SHARD", {"image": 1})  # so that some shards hold nothing
     source = tree("coco/captions")
     (source / "train2014" / "COCO_train2014_000000000000.jpg").unlink()
     file = source / "val2014" / "COCO_val2014_000000000001.jpg"

@@ -50,7 +50,7 @@ def _test(source: Path) -> Entries:
 
 
 def _clip(source: Path, name: str) -> Located:
-    return Located(required(source, "videos"), (f"all/{name}.mp4", f"{name}.mp4"))
+    return Located(source, (f"videos/all/{name}.mp4", f"videos/{name}.mp4"))
 
 
 DATASET = RawDataset(

@@ -19,10 +19,11 @@ _FILES = {"train": "results_2M_train.csv", "validation": "results_2M_val.csv"}
 def read_tree(source: Path) -> RawSplits:
     """A row of the table is a clip with its title."""
 
+    folder = required(source, "videos")
+
     def make(place: Place, entry: dict[str, str]) -> RawItem:
         name = value(entry, "videoid", str)
-        names = (f"{value(entry, 'page_dir', str)}/{name}.mp4", f"{name}.mp4")
-        clip = Located(required(source, "videos"), names)
+        clip = Located(folder, (f"{value(entry, 'page_dir', str)}/{name}.mp4", f"{name}.mp4"))
         return RawItem(place, name, (clip,), (RawText(value(entry, "name", str)),))
 
     def entries(name: str) -> Entries:

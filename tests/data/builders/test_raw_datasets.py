@@ -264,7 +264,7 @@ def test_a_clip_without_a_file_or_a_sentence_is_named(tree, tmp_path):
     raw_trees.put(source / "videos/all/video0.mp4", raw_trees.jpeg(0))
     found = reasons("msrvtt/captions", source, tmp_path)
     assert "MSRVTT_data.json has no sentence of 'video9'" in found
-    assert "video2: no file all/video2.mp4 or video2.mp4 in TREE/videos" in found
+    assert "video2: no file videos/all/video2.mp4 or videos/video2.mp4 in TREE" in found
     assert any(reason.startswith("video0: no video file of a known kind") for reason in found)
 
 
@@ -313,3 +313,22 @@ def test_finished_splits_are_not_made_again(tree, tmp_path, monkeypatch):
     assert sorted(path.name for path in out.iterdir()) == ["flickr30k"]
     assert not (folder.parent / LEFT_OUT_FILE).exists()
     assert prepare_dataset(name, out, overwrite=False, options=options) == (folder, False)
+
+
+def test_an_interrupted_preparation_goes_on_with_the_split_it_was_at(trees, tmp_path, monkeypatch):
+    name, out, options = "flickr30k/captions", tmp_path / "out", {"source": str(trees["flickr30k/captions"][0])}
+    seen, load = [], raw.load
+
+    def interrupted(dataset, item):
+        seen.append(item.id)
+        if seen.count("1001.jpg") == 1 and item.id == "1001.jpg":
+            raise KeyboardInterrupt
+        return load(dataset, item)
+
+    monkeypatch.setattr(raw, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(name, out, overwrite=False, options=options)
+    assert not (out / "flickr30k").exists()
+    prepare_dataset(name, out, overwrite=False, options=options)
+    assert seen == ["1000.jpg", "1001.jpg", "1001.jpg", "1002.jpg"]
+    assert [len(open_source(name, split, out)) for split in ("train", "validation", "test")] == [1, 1, 1]

@@ -27,8 +27,10 @@ R = TypeVar("R")
 class BrokenRecordsError(ValueError):
     """Some records cannot be used, or none can; no data set was written, only the list of them (LEFT_OUT_FILE)."""
 
-    def __init__(self, problems: Sequence[Problem], usable: int) -> None:
+    def __init__(self, problems: Sequence[Problem], usable: int, emptied: Sequence[str] = ()) -> None:
         what_to_do = "repair them, or leave them out with --skip_broken" if usable else "none is left to prepare"
+        if emptied:
+            what_to_do = f"nothing is left of split {', '.join(emptied)}: repair them, or prepare others with --splits"
         super().__init__(f"{len(problems):,} of {len(problems) + usable:,} records cannot be used; {what_to_do}")
         self.problems = problems
 

@@ -192,9 +192,10 @@ class RawPreparation:
         report.unlink(missing_ok=True)
         if problems:
             write_list(problems, report)
-        if problems and not (self._skip_broken and all(usable.values())):
-            raise BrokenRecordsError(problems, sum(usable.values()) if all(usable.values()) else 0)
-        if emptied := [split for split, count in usable.items() if not count]:
+        emptied = [split for split, count in usable.items() if not count]
+        if problems and (emptied or not self._skip_broken):
+            raise BrokenRecordsError(problems, sum(usable.values()), emptied)
+        if emptied:
             raise ValueError(f"{self._dataset.name}: {self._source} holds nothing of split {', '.join(emptied)}")
         self._join(parts, written, read.classes)
         shutil.rmtree(parts)

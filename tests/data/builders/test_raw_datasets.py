@@ -202,6 +202,10 @@ def test_missing_and_broken_images_are_listed_and_can_be_left_out(tree, tmp_path
     raw_trees.put(source / "dataset_coco.json", entries)
     found = reasons("coco/captions", source, tmp_path)
     assert len(found) == 4
+    with pytest.raises(BrokenRecordsError, match="nothing is left of split test"):
+        (source / "val2014" / "COCO_val2014_000000000003.jpg").rename(source / "elsewhere.jpg")
+        prepare("coco/captions", tmp_path / "another", source=str(source), skip_broken=True)
+    (source / "elsewhere.jpg").rename(source / "val2014" / "COCO_val2014_000000000003.jpg")
     first = "train2014/COCO_train2014_000000000000.jpg"
     assert f"COCO_train2014_000000000000.jpg: no file {first} or images/{first} in TREE" in found
     assert any("COCO_val2014_000000000001.jpg: cannot decode" in reason for reason in found)

@@ -41,7 +41,7 @@ def laptop(image_size: int, max_frames: int = 1) -> ConfigDict:
         stream.update(crop_scale=(1.0, 1.0), flip="never")  # captions tell places and directions
 
     config.optimizer.update(learning_rate=2e-3, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
-    config.evaluate.update(every=0, batch_size=64, rerank=20)
+    config.evaluate.update(every=0, batch_size=64, rerank=20, matching_weights=(0.0, 0.25, 0.5, 1.0, 2.0))
     config.log.every = 25
     return config
 

@@ -128,7 +128,7 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 
 def train_step(
     config: ConfigDict,
-    task: Pretraining,
+    task: Task,
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     state: TrainState,

@@ -74,6 +74,7 @@ def make_evaluation(
         "rerank": e.rerank,
         "all_pairs": e.all_pairs,
         "equal_captions": e.equal_captions,
+        "weights": e.matching_weights,
         "progress": progress,
     }
     if config.task == "retrieval":

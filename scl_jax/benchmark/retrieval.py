@@ -48,7 +48,8 @@ def measure(config: ConfigDict, stream: str, items: int, batch_size: int, rerank
     rerank = min(rerank, items)
     config = workload.complete(config, stream, batch_size)
     mesh = sharding.make_mesh(**config.mesh)
-    task = build.pretraining(config, config.model.text.vocab_size - 1)
+    vocab_size = config.model.text.vocab_size
+    task = build.pretraining(config, vocab_size, mask_id=vocab_size - 1)
     task = dataclasses.replace(task, masks=dataclasses.replace(task.masks, hard_negatives=0.0))
     graph, _, state = init_state(build.model_maker(config), build.optimizer_maker(config), mesh, config.seed)
     examples: Any = RandomSet(config, stream, items, batch_size)

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ def rank(
     batch_size: int = 256,
     item: Literal["image", "video"] = "image",
     captions: Sequence[str] | None = None,
+    weights: Sequence[float] = (1.0,),
     progress: Progress | None = None,
 ) -> Ranking:
     """Text → item and item → text retrieval over one gallery.
@@ -73,11 +74,13 @@ def rank(
         rerank: candidates of a query that it re-scores; 0: contrastive similarity alone decides.
         all_pairs: re-score every pair instead: queries × items passes.
         temperature: of the contrastive softmax.
-        combine: candidates are ordered by log P(pair) + similarity / temperature ("sum") or log P(pair) ("matching").
+        combine: candidates are ordered by weight · log P(pair) + similarity / temperature ("sum"), or by log P(pair)
+            ("matching").
         batch_size: pairs a call of `score_pairs`; the last batch is padded.
         item: names the metrics; those of videos go under `retrieval/video/`.
         captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own
             item only, which is the default.
+        weights: of log P(pair) in "sum"; of several, the first with the highest mean recall is taken.
         progress: is told how many pairs are scored.
 
     Returns:
@@ -103,23 +106,25 @@ def rank(
 
     prefix = "retrieval/" if item == "image" else "retrieval/video/"
     contrastive_prefix = prefix.replace("retrieval/", "retrieval/contrastive/")
-    metrics: dict[str, float] = {}
-    tops = []
-    directions = (
+    ways = (
         (f"text_to_{item}", similarity, right_items, candidates[0], odds[0]),
         (f"{item}_to_text", similarity.T, right_texts, candidates[1], odds[1]),
     )
-    for direction, scores, targets, chosen, chosen_odds in directions:
-        final = partial(_final_rows, scores, chosen, chosen_odds, temperature, combine)
-        metrics |= _direction_metrics(f"{contrastive_prefix}{direction}", scores, targets)
-        metrics |= _direction_metrics(f"{prefix}{direction}", final(), targets)
-        tops.append(_top_of_rows(final(), max(KS)))
-    for where in (contrastive_prefix, prefix):
-        recalls = [metrics[f"{where}{direction[0]}/recall@{k}"] for direction in directions for k in KS]
-        metrics[f"{where}mean_recall"] = float(np.mean(recalls))
+
+    def final(way: int, weight: float) -> Iterator[Float[np.ndarray, " I"]]:
+        _, scores, _, chosen, chosen_odds = ways[way]
+        return _final_rows(scores, chosen, chosen_odds, temperature, combine, weight)
+
+    def combined(weight: float) -> dict[str, float]:
+        return _metrics(prefix, {name: (final(i, weight), ways[i][2]) for i, (name, *_) in enumerate(ways)})
+
+    by_weight = {weight: combined(weight) for weight in (weights if odds[0] is not None else (1.0,))}
+    weight = max(by_weight, key=lambda weight: by_weight[weight][f"{prefix}mean_recall"])
+    metrics = _metrics(contrastive_prefix, {name: (scores, right) for name, scores, right, *_ in ways})
+    metrics |= by_weight[weight]
     metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
-    metrics |= {f"{prefix}items": len(item_texts)}
-    return Ranking(metrics, *tops, seconds)
+    metrics |= {f"{prefix}items": len(item_texts), f"{prefix}matching_weight": weight}
+    return Ranking(metrics, *(_top_of_rows(final(way, weight), max(KS)) for way in range(2)), seconds)
 
 
 def contrastive_scores(
@@ -187,9 +192,9 @@ def _right_answers(
         return list(text_items[:, None]), item_texts
     alike: dict[str, list[int]] = defaultdict(list)
     for text, caption in enumerate(captions):
-        alike[caption].append(text)
-    right_items = [np.unique(text_items[alike[caption]]) for caption in captions]
-    right_texts = [np.unique(np.concatenate([alike[captions[text]] for text in own])) for own in item_texts]
+        alike[str(caption)].append(text)
+    right_items = [np.unique(text_items[alike[str(caption)]]) for caption in captions]
+    right_texts = [np.unique(np.concatenate([alike[str(captions[text])] for text in own])) for own in item_texts]
     return right_items, right_texts
 
 
@@ -235,6 +240,7 @@ def _final_rows(
     odds: Float[np.ndarray, "Q K"] | None,
     temperature: float,
     combine: str,
+    weight: float,
 ) -> Iterator[Float[np.ndarray, " I"]]:
     """Yields each query's final scores: the candidates re-scored, all others below them in contrastive order.
 
@@ -246,10 +252,19 @@ def _final_rows(
             chosen = slice(None) if candidates is None else candidates[query]
             final = -np.logaddexp(0.0, -odds[query])  # log P(pair) = log sigmoid(odds)
             if combine == "sum":
-                final = final + scores[chosen]
+                final = weight * final + scores[chosen]
             scores += final.min() - scores.max() - 1.0  # the rest: same order, all below the candidates
             scores[chosen] = final
         yield scores
+
+
+def _metrics(prefix: str, ways: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+    """Recalls and median rank of each way (scores, right answers), and the mean of the recalls."""
+    metrics: dict[str, float] = {}
+    for name, (scores, right) in ways.items():
+        metrics |= _direction_metrics(f"{prefix}{name}", scores, right)
+    recalls = [metrics[f"{prefix}{name}/recall@{k}"] for name in ways for k in KS]
+    return metrics | {f"{prefix}mean_recall": float(np.mean(recalls))}
 
 
 def _direction_metrics(prefix: str, scores, targets) -> dict[str, float]:

@@ -5,7 +5,7 @@ Axes: B batch, N visual tokens, L text tokens, D fusion width, E contrastive wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,6 +37,7 @@ class RetrievalEvaluation:
         rerank: candidates of a query that are re-scored; 0: contrastive similarity only.
         all_pairs: re-score every pair instead.
         equal_captions: whether a caption finds every item that has it, not its own alone.
+        weights: of log P(pair) of the matching head beside the similarity; of several, the best of a set is taken.
         progress: is told (what, pairs scored, pairs in all).
     """
 
@@ -51,12 +52,14 @@ class RetrievalEvaluation:
         rerank: int,
         all_pairs: bool = False,
         equal_captions: bool = False,
+        weights: Sequence[float] = (1.0,),
         progress: Callable[[str, int, int], None] | None = None,
     ):
         self.sets = sets
         self._mesh, self._head, self._progress = mesh, head, progress
         self._batch_size, self._rerank = batch_size, rerank
         self._all_pairs, self._equal_captions = all_pairs, equal_captions
+        self._weights = {stream: tuple(weights) for stream in sets}
 
         def encode_items(params: Params, pixels) -> tuple[Float[Array, "B E"], Float[Array, "B N D"]]:
             model = parameters.merge(graph, params)
@@ -88,6 +91,13 @@ class RetrievalEvaluation:
         metrics["retrieval/mean_recall_of_streams"] = float(np.mean(means))
         return metrics, rankings
 
+    def fix_weights(self, params: Params, held_out: RetrievalEvaluation) -> None:
+        """Takes the weights of the matching head that are best on other sets than those evaluated here."""
+        for stream, examples in held_out.sets.items():
+            metrics = held_out.retrieval(params, stream, examples).metrics
+            middle = "" if stream == "images" else "video/"
+            self._weights[stream] = (metrics[f"retrieval/{middle}matching_weight"],)
+
     def retrieval(self, params: Params, stream: str, examples: EvaluationSet) -> Ranking:
         """Every text and every item encoded once, the best candidates re-scored in pairs."""
         item_features, item_tokens = self._encode(params, examples.items(), ("pixels",), self._encode_items)
@@ -116,6 +126,7 @@ class RetrievalEvaluation:
             batch_size=self._batch_size,
             item="image" if stream == "images" else "video",
             captions=examples.captions if self._equal_captions else None,
+            weights=self._weights[stream],
             progress=told,
         )
 

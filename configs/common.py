@@ -1,8 +1,7 @@
-"""What the paper's configs share, for pre-training and for fine-tuning; not a config itself."""
+"""What configs share: the paper's settings, and a network for a laptop; not a config itself."""
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from scl_jax.config import default_config
 
 # the paper's sets: about 4 million images, and WebVid
@@ -26,52 +25,34 @@ def paper() -> ConfigDict:
     return config
 
 
-def finetuning(task: str, metric: str, *, epochs: int, learning_rate: float, head: float, fusion: float) -> ConfigDict:
-    """A task at the paper's settings, from a pre-training run in runs/image; `head` and `fusion` multiply the rate.
+def laptop(image_size: int, max_frames: int = 1) -> ConfigDict:
+    """A network of width 64 that learns from random weights in CPU minutes, on pictures whose places matter."""
+    config = default_config()
+    model = config.model
+    for part, layers in ((model.vision, 4), (model.text, 2), (model.fusion, 2)):
+        part.update(width=64, layers=layers, heads=2, mlp_width=128)
+    model.vision.update(patch_size=16, image_size=image_size, max_frames=max_frames)
+    model.text.update(vocab_size=0, max_positions=34)
+    model.update(projection_width=64, dropout=0.0, attention_dropout=0.0, dtype="float32")
 
-    The checkpoint may be of another resolution, and is given with --config.init.checkpoint.
+    data = config.data
+    data.update(text_length=32, threads=2, prefetch=4)
+    for stream in (data.images, data.videos):
+        stream.update(crop_scale=(1.0, 1.0), flip="never")  # captions tell places and directions
+
+    config.optimizer.update(learning_rate=2e-3, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
+    config.evaluate.update(every=0, batch_size=64, rerank=20)
+    config.log.every = 25
+    return config
+
+
+def begin_later(config: ConfigDict, fusion: int, completion: int, ramp: int) -> None:
+    """Objectives enter one after the other, as random weights need it: contrastive, then fusion, completion last.
+
+    Completion at full weight from the first step drowns the rest; it begins with a tenth of its weight.
     """
-    config = paper()
-    config.task = task
-    config.init.update(checkpoint="runs/image", vision="", text="")
-    config.optimizer.update(learning_rate=learning_rate, multiplier_head=head, multiplier_fusion=fusion)
-    config.train.update(epochs=epochs, best_metric=metric, checkpoint_every=500)
-    config.evaluate.update(every=500, best=True, max_items=0)
-    config.data.images.share = config.data.videos.share = 0.0  # a config switches one on
-    return config
-
-
-def downstream_images(config: ConfigDict, dataset: str, *, batch_size: int, image_size: int) -> None:
-    """The images of a task: RandAugment and a slight crop, no flip."""
-    config.model.vision.image_size = image_size
-    config.data.images.update(datasets=(dataset,), batch_size=batch_size, image_size=image_size, share=1.0)
-    config.data.images.update(crop_scale=(0.9, 1.0), flip="never", rand_augment=(2, 9))
-
-
-def downstream_clips(config: ConfigDict, dataset: str) -> None:
-    """The clips of a task: 4 frames of 224 px, augmented alike."""
-    config.model.vision.image_size = 224
-    config.data.videos.update(datasets=(dataset,), batch_size=256, image_size=224, frames=4, share=1.0)
-    config.data.videos.update(crop_scale=(0.9, 1.0), flip="never", rand_augment=(2, 9))
-
-
-def is_toy(variant: str) -> bool:
-    """Whether `--config=….py:variant` asks for the toy world; ValueError for a variant that there is not."""
-    if variant not in ("", "toy"):
-        raise ValueError(f"this config has no variant {variant!r}; it has toy")
-    return variant == "toy"
-
-
-def toy(task: str, metric: str, dataset: str) -> ConfigDict:
-    """The task on the toy world, from the quickstart's checkpoint and with its network, in CPU minutes."""
-    config = quickstart.get_config()
-    config.task = task
-    config.init.checkpoint = "runs/quickstart"
-    clips = dataset == "toy_world/videos"
-    config.data.images.update(datasets=(dataset,), share=0.0 if clips else 1.0)
-    config.data.videos.update(datasets=(dataset,), share=1.0 if clips else 0.0)
-    config.retrieval.group_size = 32
-    config.optimizer.update(learning_rate=5e-4, multiplier_head=2.0)
-    config.train.update(steps=600, best_metric=metric, checkpoint_every=200)
-    config.evaluate.update(every=200, best=True)
-    return config
+    for name in ("matching", "masked_language"):
+        config.objectives[name].update(start=fusion, ramp=ramp)
+    for name in ("global_vision", "global_text", "local_vision", "local_text"):
+        config.objectives[name].update(start=completion, ramp=ramp)
+        config.objectives[name].weight *= 0.1

@@ -9,6 +9,7 @@ A small network for one GPU and a few 10,000 pairs, from random weights. Copy th
 differs: sizes, batch, steps. Without a GPU, configs/nlvr.py shows what is small enough.
 """
 
+from configs.common import begin_later
 from scl_jax.config import default_config
 
 
@@ -28,14 +29,8 @@ def get_config():
     # data.videos.update(datasets=("own_data/my_clips",), batch_size=64, frames=4, image_size=224, share=1.0)
 
     # From random weights, objectives enter one after the other; completion last, or it drowns the rest.
+    begin_later(config, fusion=8_000, completion=14_000, ramp=500)
     config.train.update(steps=20_000, checkpoint_every=1000)
-    objectives = config.objectives
-    for name in ("matching", "masked_language"):
-        objectives[name].update(start=8_000, ramp=500)
-    for name in ("global_vision", "global_text", "local_vision", "local_text"):
-        objectives[name].update(start=14_000, ramp=500)
-        objectives[name].weight *= 0.1
-
     config.optimizer.update(learning_rate=5e-4, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
     config.evaluate.update(every=2000, max_items=1000)
     return config

@@ -12,8 +12,11 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# tests compile much and run little: half the compile time, the same numbers
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# tests compile much and run little: a quarter of the compile time, the same numbers
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

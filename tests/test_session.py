@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -46,7 +48,23 @@ def parameters_of(session: Session) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) for path, x in parameters.flatten(state.params).items()}
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (8, 1), (8, 2)])
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Sessions of one config on the same devices share their jitted step: a restart need not compile again."""
+    steps: dict[str, object] = {}
+    jit_step = Session.jit_step
+
+    def shared(self: Session, *arguments):
+        name = f"{self.mesh.shape} {self.mesh.devices.size} {self.config.to_json_best_effort()}"
+        return steps.setdefault(name, jit_step(self, *arguments))
+
+    monkeypatch.setattr(Session, "jit_step", shared)
+
+
+@pytest.mark.parametrize(
+    ("devices", "accumulate"),
+    [(1, 1), (8, 2), pytest.param(8, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_is_bit_identical_to_an_undisturbed_one(
     data_dir, tmp_path, monkeypatch, devices, accumulate
 ):
@@ -116,30 +134,46 @@ def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path
     Session(toy_run.config(data_dir, **{"train.steps": 1, "log.every": 7}), tmp_path)  # does not matter
 
 
-def losses_on(mesh: dict[str, int], devices: int, data_dir: Path, workdir: Path, monkeypatch) -> list[dict]:
+def losses_on(mesh: dict[str, int], stream: str, data_dir: Path, workdir: Path, monkeypatch) -> list[dict]:
     with monkeypatch.context() as patch:
-        Devices(patch, devices)
+        Devices(patch, math.prod(mesh.values()))
         changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        changes[f"data.{'videos' if stream == 'images' else 'images'}.share"] = 0.0
         options = {"train.steps": 5, "train.checkpoint_every": 5, "objectives.group_size": 4, "data.text_length": 16}
         assert Session(toy_run.config(data_dir, **options, **changes), workdir).train()
     return metrics_of(workdir)
 
 
 @pytest.fixture(scope="module")
-def losses_alone(data_dir, tmp_path_factory) -> list[dict]:
-    """Of one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        return losses_on({"data": 1}, 1, data_dir, tmp_path_factory.mktemp("alone"), patch)
+def losses_alone(data_dir, tmp_path_factory):
+    """Of one device, by stream."""
+
+    @cache
+    def losses(stream: str) -> list[dict]:
+        with pytest.MonkeyPatch.context() as patch:
+            return losses_on({"data": 1}, stream, data_dir, tmp_path_factory.mktemp(stream), patch)
+
+    return losses
+
+
+DATA, FSDP, TENSOR = {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}],
-    ids=["data", "fsdp", "tensor"],
+    ("mesh", "stream"),
+    [
+        pytest.param(DATA, "images", id="data-images"),
+        pytest.param(FSDP, "videos", id="fsdp-videos"),
+        pytest.param(TENSOR, "images", id="tensor-images"),
+        pytest.param(DATA, "videos", id="data-videos", marks=pytest.mark.slow),
+        pytest.param(FSDP, "images", id="fsdp-images", marks=pytest.mark.slow),
+        pytest.param(TENSOR, "videos", id="tensor-videos", marks=pytest.mark.slow),
+    ],
 )
-def test_every_mesh_gives_the_same_losses(losses_alone, data_dir, tmp_path, monkeypatch, mesh):
-    """As one device: 5 steps with dropout, images and clips, to 1e-5."""
-    for expected, line in zip(losses_alone, losses_on(mesh, 8, data_dir, tmp_path, monkeypatch), strict=True):
+def test_every_mesh_gives_the_same_losses(losses_alone, data_dir, tmp_path, monkeypatch, mesh, stream):
+    """As one device: 5 steps with dropout, to 1e-5."""
+    many = losses_on(mesh, stream, data_dir, tmp_path, monkeypatch)
+    for expected, line in zip(losses_alone(stream), many, strict=True):
         for key in (key for key in expected if key.startswith("loss/")):
             assert abs(line[key] - expected[key]) <= 1e-5 * max(1, abs(expected[key])), (line["step"], key)
 

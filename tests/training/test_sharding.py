@@ -126,9 +126,10 @@ def test_moments_lie_as_their_parameters_do():
 
 
 def test_a_fresh_state_has_the_same_numbers_on_every_mesh():
+    """To the last bit but one: the compiler evaluates the normal distribution in vectors that depend on the shard."""
     first, second = state_on(1, 8, 1), state_on(2, 2, 2)
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=5e-7, atol=0)
     for a, b in zip(jax.tree.leaves(first.ema), jax.tree.leaves(first.params), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -6,9 +6,13 @@
     python -m scl_jax.data.prepare --dataset=own_data/nlvr --captions=nlvr/dev/dev.json --format=nlvr \
         --media=nlvr/dev/images
 
-Caption files and their columns: scl_jax/data/builders/caption_files.py. A data set is written beside its place and
-moved there when it is complete. Generated data sets that are there already are kept; your own are an error, as their
-files may have changed. `--overwrite` replaces both.
+    python -m scl_jax.data.prepare --dataset=coco/captions --source=downloads/coco --out=data --skip_broken
+
+Caption files and their columns: scl_jax/data/builders/caption_files.py. Public data sets, and what lies in the folder
+that `--source` names: docs/data.md. A data set is written beside its place and moved there when it is complete.
+Generated and public data sets that are there already are kept; your own are an error, as their files may have changed.
+`--overwrite` replaces all. Of a public data set whose preparation was interrupted, finished splits are kept beside its
+place, in `.preparing-…`, and not made again.
 """
 
 from __future__ import annotations
@@ -30,14 +34,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from scl_jax.data import builders
-from scl_jax.data.builders.own_data import LEFT_OUT_FILE, BrokenRecordsError
+from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
 from scl_jax.data.tokens import load_tokenizer, train_tokenizer
 
 _FLAGS = flags.FLAGS
 _ALL_CONFIGS = {"toy_world": ("images", "videos"), "own_data": ("default",)}  # of a data set named without config
 _SHOWN_PROBLEMS = 20
+_NO_COUNTS = (None, None)
 
-flags.DEFINE_list("dataset", [], "Data sets, separated by commas: toy_world, toy_world/images, own_data/<name>.")
+flags.DEFINE_list(
+    "dataset", [], "Data sets, separated by commas: toy_world, toy_world/images, own_data/<name>, coco/captions."
+)
 flags.DEFINE_string("out", "data", "Folder of the shards; config.data.dir of the runs that read them.")
 flags.DEFINE_bool("overwrite", False, "Replace data sets and tokenizers that are there already.")
 flags.DEFINE_string("train_tokenizer", None, "Train a byte-level BPE on the training captions and write this folder.")
@@ -45,16 +52,19 @@ flags.DEFINE_integer("vocab_size", 8192, "Largest vocabulary of the trained toke
 # options of builders; only those given are passed on
 flags.DEFINE_multi_string("captions", None, "own_data: caption file or pattern, or split=file; may be repeated.")
 flags.DEFINE_string("media", None, "own_data: folder that the paths in the caption files start from.")
+flags.DEFINE_string("source", None, "Public data sets: folder of the owner's files, or of ViLT's arrow files.")
+flags.DEFINE_list("splits", None, "Public data sets: only these splits.")
 flags.DEFINE_string("format", None, "own_data: auto, jsonl, csv, arrow or nlvr.")
 flags.DEFINE_string("split_by", None, "own_data: column whose equal values stay in one split.")
-flags.DEFINE_bool("skip_broken", None, "own_data: leave broken records out instead of stopping.")
-flags.DEFINE_integer("workers", None, "own_data: threads that check files.")
+flags.DEFINE_bool("skip_broken", None, "Leave broken records out instead of stopping (own_data and public data sets).")
+flags.DEFINE_integer("workers", None, "Threads that check files (own_data and public data sets).")
 flags.DEFINE_float("validation", None, "own_data: share of the validation split; toy_world: its number of scenes.")
 flags.DEFINE_float("test", None, "own_data: share of the test split; toy_world: its number of scenes.")
 flags.DEFINE_integer("train", None, "toy_world: number of training scenes.")
 flags.DEFINE_integer("seed", None, "toy_world: seed of all scenes.")
 _OPTIONS = (
-    "captions", "media", "format", "split_by", "skip_broken", "workers", "validation", "test", "train", "seed",
+    "captions", "media", "source", "splits", "format", "split_by", "skip_broken", "workers",
+    "validation", "test", "train", "seed",
 )  # fmt: skip
 
 
@@ -72,7 +82,11 @@ def prepare_dataset(name: str, out: Path, *, overwrite: bool, options: dict[str,
             raise ValueError(f"{name} is already prepared in {there[-1].parent}; pass --overwrite to replace it")
         return builders.prepare(name, out, **options), False
     out.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=out))
+    keeps_splits = _is_public(builder_name)
+    if keeps_splits:
+        staging = out / f".preparing-{builder_name}-{config_name}"
+    else:
+        staging = Path(tempfile.mkdtemp(prefix=".preparing-", dir=out))
     report = staging / builder_name / config_name / LEFT_OUT_FILE
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the folder that is about to be moved
@@ -85,13 +99,19 @@ def prepare_dataset(name: str, out: Path, *, overwrite: bool, options: dict[str,
             target.rename(staging / "replaced")
         written.rename(target)
         (place / LEFT_OUT_FILE).unlink(missing_ok=True)  # of an attempt that failed
+        keeps_splits = False
         return target, True
     except BrokenRecordsError:
         place.mkdir(parents=True, exist_ok=True)
         report.rename(place / LEFT_OUT_FILE)
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keeps_splits:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_public(builder_name: str) -> bool:
+    return hasattr(builders.builder_module(builder_name), "DATASET")
 
 
 def write_tokenizer(captions: list[str], folder: Path, vocab_size: int, *, overwrite: bool) -> int:
@@ -168,10 +188,14 @@ def _options(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _summarise(name: str, out: Path, folder: Path, console: Console) -> list[str]:
-    """Reads the shards back once, prints what they hold, and returns the training captions."""
+    """Reads the shards back once, prints what they hold beside what is published, and returns the training captions."""
     train_captions: list[str] = []
+    info = tfds.builder_from_directory(str(folder)).info
+    dataset = getattr(builders.builder_module(name.partition("/")[0]), "DATASET", None)
     table = Table("split", "items", "captions", "MB", title=name)
-    for split in tfds.builder_from_directory(str(folder)).info.splits:
+    for column in ("published items", "captions") if dataset else ():
+        table.add_column(column)
+    for split in info.splits:
         source = builders.open_source(name, split, out)
         items = captions = size = 0
         for index in range(len(source)):
@@ -179,8 +203,13 @@ def _summarise(name: str, out: Path, folder: Path, console: Console) -> list[str
             items, captions, size = items + 1, captions + len(record["captions"]), size + len(record["media"])
             if split == "train":
                 train_captions += record["captions"]
-        table.add_row(split, f"{items:,}", f"{captions:,}", f"{size / 1e6:,.1f}")
+        published = dataset.published.get(split, _NO_COUNTS) if dataset else ()
+        shown = ("–" if count is None else f"{count:,}" for count in published)
+        table.add_row(split, f"{items:,}", f"{captions:,}", f"{size / 1e6:,.1f}", *shown)
     console.print(table)
+    for split, notes in (info.metadata or {}).get("notes", {}).items():
+        for note, count in notes.items():
+            console.print(f"{split}: {count:,} {note}", soft_wrap=True)
     return train_captions
 
 

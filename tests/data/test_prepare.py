@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import raw_trees
 from PIL import Image
 
 from scl_jax.data.builders import open_source
-from scl_jax.data.builders.own_data import BrokenRecordsError
+from scl_jax.data.builders.problems import BrokenRecordsError
 from scl_jax.data.prepare import prepare_dataset, write_tokenizer
 from scl_jax.data.tokens import load_tokenizer
 
@@ -85,6 +86,22 @@ def test_command_answers_mistakes_with_one_line(tmp_path, arguments, message):
     done = run(tmp_path, *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_compares_a_public_set_with_what_is_published(tmp_path):
+    raw_trees.vqav2(tmp_path / "vqa", tmp_path / "arrow")
+    image = tmp_path / "vqa/test2015/COCO_test2015_000000000005.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    flags = ("--dataset=vqav2/questions", "--source=vqa", "--out=data", "--splits=test")
+    stopped = run(tmp_path, *flags)
+    assert stopped.returncode == 1
+    assert "left out: vqa/v2_OpenEnded_mscoco_test2015_questions.json, line 1: 5: no file" in stopped.stderr
+    image.write_bytes(content)
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "447,793" in done.stderr and "written to data/vqav2/questions/1.0.0" in done.stderr
+    assert names(tmp_path / "data") == ["vqav2"]
 
 
 @pytest.mark.slow

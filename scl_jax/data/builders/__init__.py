@@ -3,12 +3,13 @@
 A data set is addressed as "<builder>/<config>" ("toy_world/images", "own_data/my_set"). `<builder>` is the name of a
 file in this folder, and that file offers one function:
 
-    def make_builder(config_name: str, data_dir: str, **options) -> tfds.core.GeneratorBasedBuilder
+    def make_builder(config_name: str, data_dir: str, **options) -> tfds.core.DatasetBuilder
 
-The builder's `name` is the name of its file (TFDS derives it from the class: ToyWorld in toy_world.py), its features
-come from `record_features`, and it raises ValueError for a config or an option it does not know. Its shards
-(array_record) lie under `<data_dir>/<builder>/<config>/<version>/`. Reading needs that folder only: neither the
-builder, nor its options, nor TensorFlow.
+or anything that has a TFDS builder's `data_dir` and `download_and_prepare` (see raw.py, for public data sets). The
+builder's `name` is the name of its file (TFDS derives it from the class: ToyWorld in toy_world.py), its features come
+from `record_features`, and it raises ValueError for a config or an option it does not know. Its shards (array_record)
+lie under `<data_dir>/<builder>/<config>/<version>/`. Reading needs that folder only: neither the builder, nor its
+options, nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -166,4 +167,4 @@ def builder_module(builder_name: str) -> Any:
 
 
 def _offers_builder(path: Path) -> bool:
-    return "def make_builder(" in path.read_text()
+    return re.search(r"^(def make_builder\(|make_builder = )", path.read_text(), re.MULTILINE) is not None

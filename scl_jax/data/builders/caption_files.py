@@ -29,7 +29,10 @@ _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row was read: a file and its line, or row of an arrow file, both from 1; line 0: the file as a whole."""
+    """Where a row was read: a file and its line, row of an arrow file, or entry of a JSON list, all from 1.
+
+    Line 0: the file as a whole.
+    """
 
     file: str
     line: int
@@ -64,6 +67,7 @@ class ArrowCell:
 
     file: Path
     row: int
+    column: str = "image"
 
     @property
     def name(self) -> str:
@@ -71,9 +75,9 @@ class ArrowCell:
 
     def read(self) -> bytes:
         """The encoded image. Raises ValueError where the cell holds none."""
-        data = _arrow_table(self.file)["image"][self.row].as_py()
+        data = arrow_table(self.file)[self.column][self.row].as_py()
         if not isinstance(data, bytes):
-            raise ValueError("no bytes in the column 'image'")
+            raise ValueError(f"no bytes in the column {self.column!r}")
         return data
 
 
@@ -111,7 +115,7 @@ def read_rows(file: Path, file_format: str, media: Path | None, split: str, spli
         return
     if media is None:
         raise ValueError(f"caption file {file} names files: give the folder that they lie in (--media)")
-    read = {"jsonl": _read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
+    read = {"jsonl": read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
     for place, values in read(file):
         if isinstance(values, str):
             yield Problem(place, values)
@@ -148,7 +152,8 @@ def read_folder(media: Path) -> Iterator[Row | Problem]:
 _Values = Iterator[tuple[Place, Mapping[str, Any] | str]]
 
 
-def _read_jsonl(file: Path) -> _Values:
+def read_jsonl(file: Path) -> _Values:
+    """The objects of a file of one JSON object a line, or why a line holds none."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = Place(str(file), number)
@@ -194,7 +199,7 @@ def _read_nlvr(file: Path) -> _Values:
     Paths are below the `images` folder; the first part of the identifier is the scene and the group.
     """
     part = file.stem  # dev.json describes dev-<n>-<m>-<k>.png
-    for place, values in _read_jsonl(file):
+    for place, values in read_jsonl(file):
         if isinstance(values, str):
             yield place, values
         elif missing := [key for key in ("sentence", "label", "identifier", "directory") if key not in values]:
@@ -207,7 +212,7 @@ def _read_nlvr(file: Path) -> _Values:
 
 
 def _read_arrow(file: Path, split: str, split_by: str) -> Iterator[Row | Problem]:
-    table = _arrow_table(file)
+    table = arrow_table(file)
     _require_columns(file, table.column_names)
     texts = table.select([name for name in table.column_names if name != "image"])
     for row, values in enumerate(row for batch in texts.to_batches() for row in batch.to_pylist()):
@@ -215,7 +220,8 @@ def _read_arrow(file: Path, split: str, split_by: str) -> Iterator[Row | Problem
 
 
 @functools.lru_cache(maxsize=64)
-def _arrow_table(file: Path) -> Any:
+def arrow_table(file: Path) -> Any:
+    """The table of an arrow file, mapped into memory; ValueError when it is none."""
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -236,7 +242,7 @@ def _require_columns(file: Path, columns: Any) -> None:
 # ---- values to a row ----
 
 
-class _UnusableError(Exception):
+class UnusableError(Exception):
     """Why a row cannot be used."""
 
 
@@ -245,23 +251,23 @@ def _checked(
 ) -> Row | Problem:
     try:
         kind = "image" if isinstance(media, ArrowCell) else _only_key(values, MEDIA_KEYS)
-        file = media if isinstance(media, ArrowCell) else _media_file(media, _text(values[kind], kind))
+        file = media if isinstance(media, ArrowCell) else _media_file(media, checked_text(values[kind], kind))
         caption_key = _only_key(values, CAPTION_KEYS)
         captions = values[caption_key] if isinstance(values[caption_key], list) else [values[caption_key]]
         if not captions:
-            raise _UnusableError("no caption")
+            raise UnusableError("no caption")
         if split_by and _absent(values.get(split_by)):
-            raise _UnusableError(f"no {split_by!r} (--split_by) among: {', '.join(map(str, values))}")
+            raise UnusableError(f"no {split_by!r} (--split_by) among: {', '.join(map(str, values))}")
         return Row(
             place=place,
             media=file,
             kind=kind,
-            captions=tuple(_text(caption, "caption") for caption in captions),
-            id=file.name if _absent(values.get("id")) else _text(str(values["id"]), "id"),
+            captions=tuple(checked_text(caption, "caption") for caption in captions),
+            id=file.name if _absent(values.get("id")) else checked_text(str(values["id"]), "id"),
             split=split or _split_name(values.get("split")),
-            group=_text(str(values[split_by]), split_by) if split_by else "",
+            group=checked_text(str(values[split_by]), split_by) if split_by else "",
         )
-    except _UnusableError as error:
+    except UnusableError as error:
         return Problem(place, str(error))
 
 
@@ -270,9 +276,9 @@ def _only_key(values: Mapping[str, Any], wanted: tuple[str, ...]) -> str:
     if not found:
         empty = [key for key in wanted if key in values]
         among = ", ".join(map(str, values)) or "nothing"
-        raise _UnusableError(f"empty {empty[0]}" if empty else f"no {' or '.join(map(repr, wanted))} among: {among}")
+        raise UnusableError(f"empty {empty[0]}" if empty else f"no {' or '.join(map(repr, wanted))} among: {among}")
     if len(found) > 1:
-        raise _UnusableError(f"both {' and '.join(map(repr, found))}; keep one")
+        raise UnusableError(f"both {' and '.join(map(repr, found))}; keep one")
     return found[0]
 
 
@@ -280,17 +286,18 @@ def _absent(value: Any) -> bool:
     return value is None or value == ""  # an empty field of a CSV table
 
 
-def _text(value: Any, name: str) -> str:
+def checked_text(value: Any, name: str) -> str:
+    """A text that can be used, without blanks around it; UnusableError calls it by `name`."""
     if not isinstance(value, str):
-        raise _UnusableError(f"{name} is no text but {type(value).__name__}")
+        raise UnusableError(f"{name} is no text but {type(value).__name__}")
     if not value.strip():
-        raise _UnusableError(f"empty {name}")
+        raise UnusableError(f"empty {name}")
     if "\0" in value:
-        raise _UnusableError(f"{name} holds a NUL character")
+        raise UnusableError(f"{name} holds a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _UnusableError(f"{name} is not UTF-8: {ascii(value[:60])}") from None
+        raise UnusableError(f"{name} is not UTF-8: {ascii(value[:60])}") from None
     return value.strip()
 
 
@@ -299,7 +306,7 @@ def _split_name(value: Any) -> str:
         return ""
     name = str(value).strip().lower()
     if not name.isidentifier() or not name.isascii() or name == "all":
-        raise _UnusableError(f"split {value!r} is no name of letters, digits and _")
+        raise UnusableError(f"split {value!r} is no name of letters, digits and _")
     return _SPLIT_NAMES.get(name, name)
 
 
@@ -307,11 +314,11 @@ def _media_file(folder: Path, name: str) -> MediaFile:
     # links are followed (data folders are full of them); a row itself cannot lead out of the folder
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise _UnusableError(f"{name!r} leads out of the media folder")
+        raise UnusableError(f"{name!r} leads out of the media folder")
     try:
         exists = (folder / path).is_file()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise _UnusableError(f"{name[:60]!r}: {error.strerror}") from None
+        raise UnusableError(f"{name[:60]!r}: {error.strerror}") from None
     if not exists:
-        raise _UnusableError(f"no file {name!r} in the media folder {folder}")
+        raise UnusableError(f"no file {name!r} in the media folder {folder}")
     return MediaFile(folder, str(path))

@@ -14,16 +14,12 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import tensorflow_datasets as tfds
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scl_jax.data.builders import record_features
 from scl_jax.data.builders.caption_files import (
@@ -36,22 +32,17 @@ from scl_jax.data.builders.caption_files import (
     read_folder,
     read_rows,
 )
-from scl_jax.data.images import decode_image
-from scl_jax.data.video import decode_frames, is_video
+from scl_jax.data.builders.problems import (
+    LEFT_OUT_FILE,
+    BrokenRecordsError,
+    map_ahead,
+    progress_bar,
+    why_broken,
+    write_list,
+)
+from scl_jax.data.builders.targets import with_keys
 
-LEFT_OUT_FILE = "left_out.jsonl"
 DEFAULT_SHARE = 0.05  # of validation and of test, where nothing says the splits
-_CHECKED_FRAMES = 2  # of a clip: the first and the last
-_QUEUE = 32  # files a worker may be ahead, so that only few are held in memory
-
-
-class BrokenRecordsError(ValueError):
-    """Some records cannot be used, or none can; no shard was written, only the list of them (LEFT_OUT_FILE)."""
-
-    def __init__(self, problems: Sequence[Problem], usable: int) -> None:
-        what_to_do = "repair them, or leave them out with --skip_broken" if usable else "none is left to prepare"
-        super().__init__(f"{len(problems):,} of {len(problems) + usable:,} records cannot be used; {what_to_do}")
-        self.problems = problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,27 +79,31 @@ class OwnData(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
-            builder=self, features=record_features(), description=__doc__ or "", disable_shuffling=True
+            builder=self,
+            features=record_features(),
+            metadata=tfds.core.MetadataDict(),
+            description=__doc__ or "",
+            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = cast(OwnDataConfig, self.builder_config)
         items, problems = collect(config)
-        with _progress() as progress:
+        with progress_bar() as progress:
             items, broken = check_media(progress.track(items, description="checking files"), config.workers)
         problems = sorted([*problems, *broken], key=lambda problem: (problem.place.file, problem.place.line))
         if problems:
-            _write_list(problems, Path(self.data_dir).parent / LEFT_OUT_FILE)
+            write_list(problems, Path(self.data_dir).parent / LEFT_OUT_FILE)
         if problems and not (config.skip_broken and items):
             raise BrokenRecordsError(problems, len(items))
         if not items:
             raise ValueError("own_data: the captions name no file, nothing to prepare")
         splits = assign_splits(items, config.validation, config.test)
-        return {split: self._generate_examples(members) for split, members in splits.items()}
+        return {split: self._generate_examples(split, members) for split, members in splits.items()}
 
-    def _generate_examples(self, items: Iterable[Item]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, item in enumerate(items):
-            yield index, {"id": item.id, "media": item.media.read(), "captions": list(item.captions)}
+    def _generate_examples(self, split: str, items: Iterable[Item]) -> Iterator[tuple[int, dict[str, Any]]]:
+        records = ({"id": item.id, "media": item.media.read(), "captions": list(item.captions)} for item in items)
+        return with_keys(records, self.info.metadata, split)
 
 
 def make_builder(
@@ -283,48 +278,16 @@ def check_media(items: Iterable[Item], workers: int) -> tuple[list[Item], list[P
     """Decodes every file (of a clip the first and last frame); returns the items that can be used, in order."""
     good: list[Item] = []
     problems: list[Problem] = []
-    with ThreadPoolExecutor(workers) as pool:
-        for item, reason in _map_ahead(pool, items, workers * _QUEUE):
-            if reason:
-                problems.append(Problem(item.place, f"{item.media.name}: {reason}"))
-            else:
-                good.append(item)
+    for item, reason in map_ahead(lambda item: (item, _why_broken(item)), items, workers):
+        if reason:
+            problems.append(Problem(item.place, f"{item.media.name}: {reason}"))
+        else:
+            good.append(item)
     return good, problems
-
-
-def _map_ahead(pool: ThreadPoolExecutor, items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, str]]:
-    waiting: deque[tuple[Item, Future[str]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(_why_broken, item)))
-        if len(waiting) >= ahead:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for item, future in waiting:
-        yield item, future.result()
 
 
 def _why_broken(item: Item) -> str:
     try:
-        data = item.media.read()
-        if is_video(data):
-            if item.kind == "image":
-                return "a video in the column 'image'"
-            decode_frames(data, _CHECKED_FRAMES)
-        elif item.kind == "video":
-            return "no video file of a known kind (mp4, mov, webm, mkv, avi, ogg, flv, asf)"
-        else:
-            decode_image(data)
+        return why_broken(item.media.read(), item.kind)
     except (OSError, ValueError) as error:
         return str(error)
-    return ""
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def _write_list(problems: Sequence[Problem], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = ({"file": p.place.file, "line": p.place.line, "reason": p.reason} for p in problems)
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -41,8 +41,14 @@ class Asked:
 
 def draw_questions(rng: np.random.Generator, scene: Scene, evaluation: bool) -> list[Asked]:
     """One question of each kind that the scene allows: colour, shape, count, existence, relation."""
-    kinds = (_ask_colour, _ask_shape, _ask_count, lambda *a: _ask_existence(*a, evaluation), _ask_relation)
-    return [asked for kind in kinds if (asked := kind(rng, scene)) is not None]
+    asked = (
+        _ask_colour(rng, scene),
+        _ask_shape(rng, scene),
+        _ask_count(rng, scene),
+        _ask_existence(rng, scene, evaluation),
+        _ask_relation(rng, scene),
+    )
+    return [one for one in asked if one is not None]
 
 
 def _ask_colour(rng: np.random.Generator, scene: Scene) -> Asked | None:

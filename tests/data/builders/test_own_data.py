@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from scl_jax.data.builders import open_source, prepare
-from scl_jax.data.builders.own_data import LEFT_OUT_FILE, BrokenRecordsError
+from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
 
 NAME = "own_data/test"
 

@@ -6,7 +6,7 @@ px. The best checkpoint on dev is evaluated on test-P (`test1`).
 On the toy world, after the quickstart: `--config=configs/nlvr2.py:toy --workdir=runs/nlvr2_toy`.
 """
 
-from configs.common import downstream_images, finetuning, is_toy, toy
+from configs.common_tasks import downstream_images, finetuning, is_toy, toy
 
 
 def get_config(variant: str = ""):

@@ -10,7 +10,7 @@ re-scores every pair. Zero-shot, with the matching head of the pre-training chec
 On the toy world, after the quickstart: `--config=configs/retrieval_f30k.py:toy --workdir=runs/f30k_toy`.
 """
 
-from configs.common import downstream_images, finetuning, is_toy, toy
+from configs.common_tasks import downstream_images, finetuning, is_toy, toy
 
 
 def get_config(variant: str = ""):

@@ -11,7 +11,7 @@ the pre-training checkpoint:
 On the toy world, after the quickstart: `--config=configs/retrieval_msrvtt.py:toy --workdir=runs/msrvtt_toy`.
 """
 
-from configs.common import downstream_clips, finetuning, is_toy, toy
+from configs.common_tasks import downstream_clips, finetuning, is_toy, toy
 
 
 def get_config(variant: str = ""):

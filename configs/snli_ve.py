@@ -6,7 +6,7 @@ px, with METER's settings.
 On the toy world, after the quickstart: `--config=configs/snli_ve.py:toy --workdir=runs/snli_ve_toy`.
 """
 
-from configs.common import downstream_images, finetuning, is_toy, toy
+from configs.common_tasks import downstream_images, finetuning, is_toy, toy
 
 
 def get_config(variant: str = ""):

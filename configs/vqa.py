@@ -8,7 +8,7 @@ px. The answers to test-dev are left in runs/vqa/predictions/ for EvalAI; those 
 On the toy world, after the quickstart: `--config=configs/vqa.py:toy --workdir=runs/vqa_toy`.
 """
 
-from configs.common import downstream_images, finetuning, is_toy, toy
+from configs.common_tasks import downstream_images, finetuning, is_toy, toy
 
 
 def get_config(variant: str = ""):

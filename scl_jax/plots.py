@@ -101,7 +101,7 @@ def _panels(lines: dict[str, Line]) -> dict[str, dict[str, str]]:
         parts = [part.replace("_", " ") for part in name.split("/")]
         if name.startswith("accuracy/"):
             panels.setdefault("accuracy", {})[f"{' '.join(parts[1:])}, training"] = name
-        elif name.endswith("/accuracy"):
+        elif name.endswith(("/accuracy", "/score")):
             panels.setdefault("accuracy", {})[f"{' '.join(parts[:-1])}, held out"] = name
         elif name.startswith("retrieval/") and name.endswith("/recall@1") and "/contrastive/" not in name:
             panels.setdefault("recall@1, held out", {})[parts[-2].replace(" to ", " → ")] = name

@@ -191,7 +191,7 @@ class Session:
         """The final evaluation: results.json, the table, pictures and predictions."""
         split = self.config.evaluate.final_split
         evaluation = self.evaluation(graph, split)
-        if self.config.task == "pretrain" and len(self.config.evaluate.matching_weights) > 1:
+        if isinstance(evaluation, PretrainingEvaluation) and len(self.config.evaluate.matching_weights) > 1:
             evaluation.fix_weights(averaged(state), self.evaluation(graph, self.config.evaluate.split))
         results, findings = evaluation(averaged(state))
         for line in said(results):

@@ -17,7 +17,7 @@ from scl_jax.training.step import make_step
 from scl_jax.types import Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-EVERY = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "common")
+EVERY = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("common"))
 PAPER = ("pretrain_image", "pretrain_video", "pretrain_joint", "pretrain_large")
 ROBERTA_VOCAB = 50265
 ROWS = 32  # of a batch; the step is the same function at every size

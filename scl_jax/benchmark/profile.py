@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def seconds_by_scope(step: Callable[[], Any], program: str, steps: int = 3) -> d
         program: the text of the compiled program.
     """
     scopes = scopes_of_program(program)
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -67,7 +67,7 @@ def seconds_by_scope(step: Callable[[], Any], program: str, steps: int = 3) -> d
             for instruction, seconds in _instructions(ProfileData.from_file(str(file))):
                 if not _CONTAINERS.match(instruction):
                     totals[scopes.get(instruction, "other")] += seconds / steps
-    return dict(totals.most_common())
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def _instructions(profile: ProfileData) -> Iterator[tuple[str, float]]:

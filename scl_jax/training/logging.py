@@ -50,6 +50,10 @@ SPEED = "speed/"
 PERCENTAGES = (
     "accuracy",
     "recall",
+    "vqa/score",
+    "vqa/video/score",
+    "/majority",
+    "/in_vocabulary",
     "speed/data_wait",
     "speed/mfu",
 )  # shown in per cent where a name holds one of these

@@ -24,7 +24,7 @@ from scl_jax.plots import FAINT, GREY, INK, STYLE
 
 COLORS = "magma"  # perceptually uniform, and readable in grey
 ALL = "whole text"
-_FUNCTION_WORDS = frozenset(["a", "an", "the", "of", "to", "is", "are", "and", "or", "in", "on", "at", "while", "then", "as", "it", "its", "there", "by", "with"])
+_FUNCTION_WORDS = frozenset(["a", "an", "the", "of", "to", "is", "are", "and", "or", "in", "on", "at", "by", "with"])
 _FORMATS = (".png", ".pdf", ".svg")
 _PIXELS = 224  # a side of an overlay
 _LARGEST_GRID = 24  # maps of one sheet
@@ -47,7 +47,8 @@ def overlay(
     level = np.asarray(smooth)[..., None]
     base = np.asarray(Image.fromarray(picture).resize((pixels, pixels), Image.Resampling.BICUBIC), np.float32) / 255
     color = colormaps[COLORS](level[..., 0])[..., :3]
-    mixed = base * (1 - 0.72 * level) * (0.55 + 0.45 * level) + color * 0.72 * level
+    opacity = 0.85 * level**0.75
+    mixed = 0.55 * base * (1 - opacity) + color * opacity
     return (np.clip(mixed, 0, 1) * 255).astype(np.uint8)
 
 
@@ -108,7 +109,7 @@ def _image_sheet(attention: AttentionMap, maps: list[tuple[str, np.ndarray]], co
 def _strips(attention: AttentionMap, maps: list[tuple[str, np.ndarray]]) -> Figure:
     """A row a word and a column a frame; the frames of a row share its scale."""
     frames = attention.frames
-    figure, axes = _grid(attention.text, len(maps) + 1, len(frames), 1.2, left=1.05)
+    figure, axes = _grid(attention.text, len(maps) + 1, len(frames), 1.2, left=1.05, between=0.08)
     grid = axes.reshape(len(maps) + 1, len(frames))
     for number, picture in enumerate(frames):
         _show(grid[0, number], np.asarray(Image.fromarray(picture).resize((_PIXELS, _PIXELS))))
@@ -123,20 +124,22 @@ def _strips(attention: AttentionMap, maps: list[tuple[str, np.ndarray]]) -> Figu
     return figure
 
 
-def _grid(text: str, rows: int, columns: int, cell: float, left: float = 0.12) -> tuple[Figure, np.ndarray]:
-    """Axes of `rows` × `columns` squares of `cell` inches under a heading, and a colour bar below."""
-    gap, heading, foot = 0.28, 0.22, 0.42
+def _grid(
+    text: str, rows: int, columns: int, cell: float, left: float = 0.12, between: float = 0.28
+) -> tuple[Figure, np.ndarray]:
+    """Axes of `rows` × `columns` squares of `cell` inches, rows `between` inches apart; a heading, and a colour bar."""
+    heading, foot = 0.48, 0.42
     width = max(left + columns * (cell + 0.08) + 0.12, 4.2)
     lines = textwrap.wrap(text, max(30, int(width * 11)))[:3]
     heading += 0.19 * len(lines)
-    height = heading + rows * (cell + gap) + foot
+    height = heading + rows * (cell + between) + foot
     figure = Figure(figsize=(width, height))
     figure.text(0.12 / width, 1 - 0.12 / height, "\n".join(lines), va="top", fontsize=10, fontweight="bold", color=INK)
     places = [
         figure.add_axes(
             (
                 (left + column * (cell + 0.08)) / width,
-                1 - (heading + gap + row * (cell + gap) + cell) / height,
+                1 - (heading + row * (cell + between) + cell) / height,
                 cell / width,
                 cell / height,
             )

@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 COMMANDS = {
     "encode": "unit vectors of images, clips and texts",
     "similarity": "cosines of images or clips (rows) with texts (columns)",
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> Any:
     commands: dict[str, Callable[[], Any]] = {
         "encode": lambda: _encode(model, media, texts),
         "similarity": lambda: model.similarity(media, texts).tolist(),
-        "match": lambda: model.match(media, texts).tolist(),
+        "match": lambda: np.asarray(model.match(media, texts)).tolist(),
         "rank": lambda: _rank(model, media, texts, options.k),
         "fill_mask": lambda: [
             [{"token": token, "probability": chance} for token, chance in mask]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from scl_jax.convert.checkpoints import checksum
 from scl_jax.inference import media as pictures
 from scl_jax.inference import texts as words
 from scl_jax.inference.media import Media, MediaError
@@ -76,6 +77,8 @@ class Model:
         graph, _ = parameters.abstract(weights.make)
         params = jax.tree.map(jnp.asarray, parameters.unflatten(weights.flat))
         self.network = Network(graph, params, weights.heads, tuple(sorted(batch_sizes)))
+        # tells whose features are comparable: those of one contrastive head
+        self.fingerprint = checksum({k: v for k, v in weights.flat.items() if k.startswith("contrastive.")})
         self.temperature = float(weights.flat.get("contrastive.temperature", np.float32(1.0)))
 
     # ---- features ----
@@ -89,6 +92,12 @@ class Model:
         """Unit vectors of clips; the model sees `video_frames` frames, evenly spaced from the first to the last."""
         self.network.need("contrastive", "encode_videos")
         return self._features(pictures.as_list(videos)[0], self.video_frames)
+
+    def encode_media(self, media: Media | Sequence[Media]) -> Float[np.ndarray, "B E"]:
+        """Unit vectors of images or of clips, whichever these are."""
+        self.network.need("contrastive", "encode_media")
+        items = pictures.as_list(media)[0]
+        return self._features(items, self._frames(items))
 
     def encode_texts(self, texts: str | Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Unit vectors of texts; a text longer than `text_length` tokens is cut, with a warning."""
@@ -104,8 +113,7 @@ class Model:
     ) -> Float[np.ndarray, "media texts"]:
         """Cosines of every image or clip with every text."""
         self.network.need("contrastive", "similarity")
-        items = pictures.as_list(media)[0]
-        return self._features(items, self._frames(items)) @ self.encode_texts(texts).T
+        return self.encode_media(media) @ self.encode_texts(texts).T
 
     # ---- pairs ----
 

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> Any:
     commands: dict[str, Callable[[], Any]] = {
         "encode": lambda: _encode(model, media, texts),
         "similarity": lambda: model.similarity(media, texts).tolist(),
-        "match": lambda: np.asarray(model.match(media, texts)).tolist(),
+        "match": lambda: np.atleast_1d(model.match(_one_or_all(media), _one_or_all(texts))).tolist(),
         "rank": lambda: _rank(model, media, texts, options.k),
         "fill_mask": lambda: [
             [{"token": token, "probability": chance} for token, chance in mask]
@@ -84,6 +84,10 @@ def run(options: argparse.Namespace) -> Any:
         "attention": lambda: _attention(model, media[0], texts[0], options.out),
     }
     return commands[command]()
+
+
+def _one_or_all(given: list[str]) -> str | list[str]:
+    return given[0] if len(given) == 1 else given
 
 
 def _encode(model: Any, media: list[str], texts: list[str]) -> dict[str, dict[str, list[float]]]:
@@ -117,11 +121,16 @@ def _attention(model: Any, media: str, text: str, out: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; errors of input end it with one message and status 1."""
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    options = parser().parse_args(arguments)
     try:
-        print(json.dumps(run(parser().parse_args(arguments)), indent=2, ensure_ascii=False))
+        with warnings.catch_warnings(record=True) as notes:
+            answer = run(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    for note in notes:
+        if issubclass(note.category, UserWarning):
+            print(f"note: {note.message}", file=sys.stderr)
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,11 +31,11 @@ class MediaError(ValueError):
 
 def as_list(media: Media | Sequence[Media]) -> tuple[list[Media], bool]:
     """A list of media, and whether it was a single one. An array is always one image or clip."""
-    if isinstance(media, list | tuple):
-        if not media:
-            raise MediaError("an empty list of images or clips")
-        return list(media), False
-    return [media], True  # type: ignore[list-item]
+    if not isinstance(media, list | tuple):
+        return [cast(Media, media)], True
+    if not media:
+        raise MediaError("an empty list of images or clips")
+    return list(media), False
 
 
 def is_clip(media: Media) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,22 +147,20 @@ class Model:
         is_text = isinstance(query, str) if query_is_text is None else query_is_text
         if len(items) == 0:
             raise ValueError("rank: there are no items to choose from")
-        if is_text:
-            found = [float(x) for x in self.similarity(list(items), str(query))[:, 0]]  # type: ignore[arg-type]
-        else:
-            found = [float(x) for x in self.similarity(query, list(items))[0]]  # type: ignore[arg-type]
-        order = np.argsort(-np.asarray(found), kind="stable")
+        pair: tuple[Any, Any] = (list(items), query) if is_text else (query, list(items))
+        found = self.similarity(*pair).reshape(-1)
+        order = np.argsort(-found, kind="stable")
         head = next((name for name in ("rank", "matching") if name in self.heads), None)
         if head is None or rerank < 1:
-            return [Ranked(int(i), found[i], found[i], None) for i in order[:k]]
-        chosen = [int(i) for i in order[: max(rerank, k)]]
+            return [Ranked(int(i), float(found[i]), float(found[i]), None) for i in order[:k]]
+        chosen = order[: max(rerank, k)]
         candidates = [items[i] for i in chosen]
-        pair = (candidates, str(query)) if is_text else (query, candidates)
-        odds, _ = self._pairs("rank" if head == "rank" else "match", *pair)  # type: ignore[arg-type]
-        scores = np.asarray(found)[chosen] / self.temperature - np.logaddexp(0.0, -odds)
+        pair = (candidates, query) if is_text else (query, candidates)
+        odds, _ = self._pairs("rank" if head == "rank" else "match", *pair)
+        scores = found[chosen] / self.temperature - np.logaddexp(0.0, -odds)
         chances = _sigmoid(odds)
         best = np.argsort(-scores, kind="stable")[:k]
-        return [Ranked(chosen[i], float(scores[i]), found[chosen[i]], float(chances[i])) for i in best]
+        return [Ranked(int(chosen[i]), float(scores[i]), float(found[chosen[i]]), float(chances[i])) for i in best]
 
     def fill_mask(self, text: str, media: Media, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each `<mask>` of a text about an image or clip: the k likeliest tokens and their probabilities.

@@ -27,8 +27,7 @@ def as_texts(texts: str | Sequence[str]) -> tuple[list[str], bool]:
     Raises:
         TextError: no text, an empty one, or one far beyond what the model reads.
     """
-    single = isinstance(texts, str)
-    found = [texts] if single else list(texts)
+    found = [texts] if isinstance(texts, str) else list(texts)
     if not found:
         raise TextError("an empty list of texts")
     for text in found:
@@ -38,7 +37,7 @@ def as_texts(texts: str | Sequence[str]) -> tuple[list[str], bool]:
             raise TextError("the text is empty: write a few words")
         if len(text) > MOST_CHARACTERS:
             raise TextError(f"a text of {len(text)} characters: at most {MOST_CHARACTERS} are taken")
-    return found, single  # type: ignore[return-value]
+    return found, isinstance(texts, str)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:

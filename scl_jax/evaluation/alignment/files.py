@@ -63,10 +63,9 @@ def _example(file: Path, media: Path) -> Example:
 def _region(region: Mapping[str, Any], height: int, width: int) -> Region:
     box = np.trunc(np.asarray(region["bbox_mask"], np.float64)).astype(np.int64).reshape(1, 4)
     mask = np.asarray(region["pixel_mask"])
-    mask = mask.reshape(mask.shape[-2:]) > 0
-    if mask.shape != (height, width):
-        raise ValueError(f"a mask of {mask.shape[1]}x{mask.shape[0]} pixels, but the image has {width}x{height}")
-    return Region(box, mask[None])
+    if mask.shape[-2:] != (height, width) or mask.size != height * width:
+        raise ValueError(f"a mask of shape {mask.shape}, but the image has {width}x{height} pixels")
+    return Region(box, mask.reshape(1, height, width) > 0)
 
 
 def find_phrase(phrase: str, caption: str) -> tuple[int, int] | None:

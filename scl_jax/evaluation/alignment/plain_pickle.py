@@ -12,7 +12,7 @@ import pickle
 import pickletools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -98,7 +98,8 @@ def _from_bytes(data: object, dtype: object, shape: object, order: object = "C")
         raise PickleError(f"an array of shape {shape}")
     if dtype.dtype is None or math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise PickleError(f"an array of shape {shape} with {len(data)} bytes")
-    return _Array.of(np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order=order))  # type: ignore[arg-type]
+    flat = np.frombuffer(bytes(data), dtype.dtype)
+    return _Array.of(flat.reshape(shape, order="F" if order == "F" else "C"))
 
 
 def _scalar(dtype: object, data: object) -> object:
@@ -129,8 +130,9 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, *_:
 
     if not isinstance(storage, torch.storage.TypedStorage):
         raise PickleError("a tensor without a storage")
-    empty = torch.empty(0, dtype=storage.dtype)
-    return _Array.of(empty.set_(storage, offset, shape, strides).numpy())  # type: ignore[arg-type]
+    whole = torch.empty(0, dtype=storage.dtype).set_(cast(Any, storage))
+    layout: Any = (shape, strides, offset)  # torch refuses what lies outside the storage
+    return _Array.of(torch.as_strided(whole, *layout).numpy())
 
 
 _GLOBALS: dict[str, Callable[..., object]] = {

@@ -61,7 +61,7 @@ class Network:
         return {name: function._cache_size() for name, function in self._compiled.items()}
 
     def __call__(self, name: str, *arrays: np.ndarray, outputs: int | None = None, **static: int) -> list[np.ndarray]:
-        """The first `outputs` results of a function on all rows, as float32 on the host."""
+        """The first `outputs` results of a function on all rows, on the host; tokens keep the type of activations."""
         parts = []
         rows = len(arrays[0])
         for start in range(0, rows, self.batch_sizes[-1]):
@@ -69,7 +69,7 @@ class Network:
             size = next(size for size in self.batch_sizes if size >= count)
             padded = [_pad(array[start : start + count], size) for array in arrays]
             results = self._compiled[name](self._params, *padded, **static)[:outputs]
-            parts.append([np.asarray(result, np.float32)[:count] for result in results])
+            parts.append([np.asarray(result)[:count] for result in results])
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 

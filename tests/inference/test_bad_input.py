@@ -120,6 +120,9 @@ def test_the_command_answers_in_json(tiny_run, tiny_model, tmp_path, capsys, mon
     main([str(tiny_run), "attention", str(picture), "--text", "a red star", "--out", str(tmp_path / "map.png")])
     assert json.loads(capsys.readouterr().out)["words"] == ["a", "red", "star"]
     assert Image.open(tmp_path / "map.png").width > 300
+    monkeypatch.setattr("scl_jax.inference.__main__._SPEED_ITEMS", 8)
+    main([str(tiny_run), "speed"])
+    assert json.loads(capsys.readouterr().out)["texts_per_second"] > 0
 
 
 def test_the_command_ends_bad_input_with_one_line(tiny_run, tmp_path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +205,17 @@ def test_the_same_weights_in_other_files_give_the_same_features(tiny_model, tiny
     file = read_weights(str(tmp_path / "exported" / "model.safetensors"), heads=2, vision_heads=2)
     assert file.heads == tiny_model.heads
     np.testing.assert_array_equal(file.flat["rank.kernel"], read_weights(str(tiny_run)).flat["rank.kernel"])
+
+
+def test_activations_keep_their_type_from_encoder_to_fusion(tiny_run):
+    model = scl_jax.load(str(tiny_run), dtype="bfloat16", batch_sizes=(1,))
+    assert model.network("texts", *map(np.asarray, tokens_of(model, TEXTS[0])))[1].dtype == jnp.bfloat16
+    assert model.encode_texts(TEXTS[0]).dtype == np.float32
+
+
+def test_importing_the_package_does_not_import_jax():
+    program = "import sys, scl_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_a_config_of_a_run_builds_the_network_that_training_built(tiny_run):

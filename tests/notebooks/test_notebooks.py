@@ -48,6 +48,6 @@ def test_a_notebook_runs_from_a_clean_kernel(name, workplace, monkeypatch):
     monkeypatch.setenv("SCL_SCENES", "48")
     monkeypatch.setenv("SCL_EXTRA", "--config.debug=true")
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(workplace)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(workplace)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any(output.output_type in ("stream", "display_data", "execute_result") for output in outputs)

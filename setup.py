@@ -40,9 +40,14 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.6"],  # reading and writing PyTorch checkpoints
     "wandb": ["wandb>=0.19"],
+    "search": ["faiss-cpu>=1.9"],  # scl_jax.search above a million items
     "dev": [
         "beartype>=0.20",
+        "faiss-cpu>=1.9",
         "hypothesis>=6",
+        "ipykernel>=6.29",  # the tests run the notebooks
+        "jupytext>=1.17",
+        "nbclient>=0.10",
         "pre-commit>=4",
         "pyright[nodejs]>=1.1.400",
         "pytest>=9,<10",

@@ -60,3 +60,19 @@ def golden_dir() -> Path:
 def tag(request: pytest.FixtureRequest, golden_dir: Path) -> str:
     """The name of one recording, such as `tiny_image`; `golden_dir` fails first when there is none."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory of a very small model with random weights and every head."""
+    from tiny_model import write_run
+
+    return write_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run: Path):
+    """That model, loaded."""
+    import scl_jax
+
+    return scl_jax.load(str(tiny_run), batch_sizes=(1, 8))

@@ -88,7 +88,8 @@ def to_torch(
         write_safetensors(
             folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum}
         )
-        (folder / "config.json").write_text(json.dumps({"model_type": "scl", **sizes.to_dict()}, indent=2) + "\n")
+        settings = {"model_type": "scl", **sizes.to_dict(), "inputs": _inputs(data)}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         try:
             load_tokenizer(name).save(folder)
         except FileNotFoundError as error:
@@ -102,6 +103,19 @@ def to_torch(
         )  # fmt: skip
         (folder / "README.md").write_text(card)
     return summary
+
+
+def _inputs(data: dict[str, Any]) -> dict[str, int]:
+    """What the model was trained on: lengths in tokens, sides in pixels."""
+    images, videos = data["images"], data["videos"]
+    if not any(images["datasets"]) and any(videos["datasets"]):
+        images = videos
+    return {
+        "text_length": data["text_length"],
+        "image_size": images["image_size"],
+        "video_size": videos["image_size"],
+        "video_frames": videos["frames"],
+    }
 
 
 def _run_config(run: Path) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Parameters, sizes and tokenizer of a trained model, whatever they were saved as.
+
+| source | what it holds |
+|---|---|
+| a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (the running average if any) |
+| an exported PyTorch folder | model.safetensors, config.json, the tokenizer |
+| `.ckpt`, `.pt`, `.bin`, `.safetensors` | weights under the reference's names |
+| `owner/name` or `hub:owner/name` | one of the folders on the Hugging Face hub |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from scl_jax import build
+from scl_jax.config import active_streams
+from scl_jax.convert.adapt import fit
+from scl_jax.convert.checkpoints import is_run, read_parameters
+from scl_jax.convert.rules import ConversionError
+from scl_jax.convert.sources import locate
+from scl_jax.convert.to_flax import config_of, read_torch
+from scl_jax.data.tokens import Tokenizer, load_tokenizer
+from scl_jax.models import parameters
+from scl_jax.models.heads import Classifier
+from scl_jax.models.layers import BERT_INIT
+from scl_jax.models.scl import SCL, SCLConfig
+
+PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
+FINE_TUNED_HEADS = ("vqa", "nlvr2", "entailment", "rank")
+_VIDEO_FRAMES = 4  # of METHOD section 4, for weights that come without a config
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a source holds."""
+
+    name: str
+    make: Callable[[nnx.Rngs], nnx.Module]  # the network with exactly the heads that the weights have
+    flat: dict[str, np.ndarray]  # its parameters by dotted path
+    heads: tuple[str, ...]
+    tokenizer: Tokenizer
+    text_length: int  # tokens
+    image_size: int  # pixels
+    video_size: int
+    video_frames: int
+    answers: tuple[str, ...]  # of visual question answering, in the order of the head's classes; may be unknown
+
+
+def read_weights(
+    source: str, *, tokenizer: str = "", step: int | None = None, dtype: str = "", heads: int = 0, vision_heads: int = 0
+) -> Weights:
+    """Reads a source of the table above.
+
+    Args:
+        tokenizer: folder or hub name; empty: the source's own, else roberta-base.
+        step: of a work directory's checkpoint; None: the newest.
+        dtype: of activations, float32 or bfloat16; empty: the run's, float32 for PyTorch weights.
+        heads, vision_heads: of attention, for bare PyTorch files, which do not tell; 0: width / 64.
+
+    Raises:
+        FileNotFoundError: there is no such source, step or tokenizer.
+        ConversionError, TorchFileError: weights that cannot be used, with every key concerned.
+    """
+    path = locate(source)
+    if path.is_dir() and is_run(path):
+        flat, _ = read_parameters(path, step)
+        config = _run_config(path)
+        named = tokenizer or config.data.tokenizer or f"{config.data.dir}/tokenizer"
+    else:
+        if path.is_dir() and (path / "config.json").exists() and not _has_torch_weights(path):
+            raise FileNotFoundError(f"{path}: a run without a checkpoint yet, or a folder of something else")
+        flat, sizes, _ = read_torch(path, heads, vision_heads)
+        own = path if path.is_dir() else path.parent
+        has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
+        named = tokenizer or (str(own) if has_own else "roberta-base")
+        config = config_of(sizes, named)
+        config.model.dtype = "float32"
+        config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
+        config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
+        _adopt(config, path)
+    if dtype:
+        config.model.dtype = dtype
+    shapes = {name: tuple(value.shape) for name, value in flat.items()}
+    make = with_heads(build.model_config(config), shapes)
+    expected = {k: tuple(v.shape) for k, v in parameters.flatten(parameters.abstract(make)[1]).items()}
+    fitted, _ = fit(flat, expected)
+    streams = {name: config.data[name] for name in ("images", "videos")}
+    if active_streams(config) == ["videos"]:
+        streams["images"] = streams["videos"]  # a model of clips sees images at the size of its clips
+    return Weights(
+        name=source,
+        make=make,
+        flat=fitted,
+        heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
+        tokenizer=_tokenizer(named, path),
+        text_length=config.data.text_length,
+        image_size=streams["images"].image_size,
+        video_size=streams["videos"].image_size,
+        video_frames=min(max(2, streams["videos"].frames), config.model.vision.max_frames),
+        answers=_answers(path),
+    )
+
+
+def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[nnx.Rngs], nnx.Module]:
+    """The network of `sizes` with the heads, token types and number of answers that `shapes` (by path) have."""
+    types = shapes.get("fusion.token_type", (2,))[0]
+    sizes = dataclasses.replace(sizes, fusion=dataclasses.replace(sizes.fusion, token_types=types))
+    joint, precision = 2 * sizes.fusion.width, sizes.precision
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        model = SCL(sizes, rngs)
+        for name in PRETRAINING_HEADS:
+            if hasattr(model, name) and not _has(name, shapes):
+                delattr(model, name)
+        for name, width in (("vqa", joint), ("nlvr2", 2 * joint), ("entailment", joint)):
+            if _has(name, shapes) and not hasattr(model, name):
+                classes = shapes[f"{name}.out.bias"][0]
+                setattr(model, name, Classifier(width, joint, classes, precision, rngs))
+        if _has("rank", shapes) and not hasattr(model, "rank"):
+            setattr(model, "rank", precision.linear(joint, 1, BERT_INIT, rngs))  # noqa: B010
+        return model
+
+    return make
+
+
+def _has(head: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(path.startswith(f"{head}.") for path in shapes)
+
+
+def _has_torch_weights(path: Path) -> bool:
+    return any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
+
+
+def _run_config(path: Path) -> ConfigDict:
+    file = path / "config.json"
+    try:
+        return ConfigDict(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+
+
+def _adopt(config: ConfigDict, path: Path) -> None:
+    """Takes over what an exported folder notes about the run that it came from."""
+    file = path / "config.json"
+    if not path.is_dir() or not file.exists():
+        return
+    noted = json.loads(file.read_text()).get("inputs")
+    if isinstance(noted, dict):
+        config.data.text_length = int(noted["text_length"])
+        config.data.images.image_size = int(noted["image_size"])
+        config.data.videos.update(image_size=int(noted["video_size"]), frames=int(noted["video_frames"]))
+
+
+def _tokenizer(named: str, source: Path) -> Tokenizer:
+    """The tokenizer of that name, or, where a moved run's path no longer holds, the one beside the weights."""
+    beside = source / "tokenizer"
+    if not Path(named).expanduser().is_dir() and beside.is_dir():
+        return load_tokenizer(beside)
+    return load_tokenizer(named)
+
+
+def _answers(path: Path) -> tuple[str, ...]:
+    file = path / "answers.json" if path.is_dir() else path.with_name("answers.json")
+    if not file.exists():
+        return ()
+    try:
+        return tuple(map(str, json.loads(file.read_text())))
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{file}: a JSON list of answers is expected ({error})") from error

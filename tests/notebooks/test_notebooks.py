@@ -1,0 +1,53 @@
+"""The notebooks agree with their scripts, and run from a clean kernel one after the other on a very small network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("1_quickstart", "2_inference", "3_own_captions", "4_pytorch")
+
+
+def load_sync():
+    spec = importlib.util.spec_from_file_location("notebooks_sync", ROOT / "launch" / "notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_what_its_script_says(name):
+    script = ROOT / "notebooks" / f"{name}.py"
+    assert script.with_suffix(".ipynb").read_text() == load_sync().notebook_of(script), "run launch/notebooks.py"
+
+
+def test_every_script_has_a_name_here():
+    assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(NAMES)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like the repository, in which runs and data may be left."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    for name in ("scl_jax", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs_from_a_clean_kernel(name, workplace, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SCL_SCENES", "48")
+    monkeypatch.setenv("SCL_EXTRA", "--config.debug=true")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(workplace)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any(output.output_type in ("stream", "display_data", "execute_result") for output in outputs)

@@ -1,0 +1,53 @@
+"""Attention pictures: the brightest place is where the attention is, a picture a word, a strip a clip."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scl_jax.inference.texts import AttentionMap
+from scl_jax.plots_attention import attention_sheet, overlay
+
+TEXT = "a red star, and a ring"
+
+
+def attention_of(frames):
+    words = [(0, 1), (2, 5), (6, 10), (10, 11), (12, 15), (16, 17), (18, 22)]
+    offsets = np.array([(0, 0), *words, (0, 0)], np.int32)
+    word_ids = np.array([-1, 0, 1, 2, 3, 4, 5, 6, -1], np.int32)
+    tokens = np.random.default_rng(0).random((9, frames, 6, 6))
+    return AttentionMap(TEXT, np.full((frames, 96, 96, 3), 200, np.uint8), tokens, offsets, word_ids)
+
+
+def test_the_overlay_is_brightest_where_the_attention_is():
+    attention = np.zeros((4, 4))
+    attention[3, 1] = 0.2
+    picture = overlay(np.full((64, 64, 3), 90, np.uint8), attention, pixels=80).astype(int).sum(axis=-1)
+    row, column = np.unravel_index(picture.argmax(), picture.shape)
+    assert row >= 60 and 20 <= column < 40
+    assert picture[5, 70] < 90 * 3  # where there is none, the picture is darkened
+
+
+def test_words_that_name_something_get_a_picture(tmp_path):
+    assert attention_of(1).words == ["a", "red", "star", ",", "and", "a", "ring"]
+    few = Image.open(attention_sheet(attention_of(1), tmp_path / "few.png", words=["red"]))
+    all_words = Image.open(attention_sheet(attention_of(1), tmp_path / "deep" / "all.png"))
+    assert all_words.width > 1.4 * few.width  # five pictures beside three
+
+
+def test_a_clip_has_a_row_a_word(tmp_path):
+    strip = Image.open(attention_sheet(attention_of(4), tmp_path / "strip.png"))
+    one = Image.open(attention_sheet(attention_of(4), tmp_path / "one.png", words=["ring"]))
+    assert strip.height > 1.5 * one.height and strip.width == one.width
+
+
+def test_pdf_is_written_and_other_endings_are_refused(tmp_path):
+    assert attention_sheet(attention_of(1), tmp_path / "map.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="written as"):
+        attention_sheet(attention_of(1), tmp_path / "map.txt")
+
+
+def test_a_word_that_is_not_in_the_text_is_said(tmp_path):
+    with pytest.raises(ValueError, match="none of cat is a word"):
+        attention_sheet(attention_of(1), tmp_path / "map.png", words=["cat"])

@@ -22,6 +22,7 @@ from scl_jax.data.builders import open_source
 from scl_jax.data.pipeline import train_dataset
 from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
+from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
@@ -192,7 +193,9 @@ class Session:
         split = self.config.evaluate.final_split
         evaluation = self.evaluation(graph, split)
         if isinstance(evaluation, PretrainingEvaluation) and len(self.config.evaluate.matching_weights) > 1:
-            evaluation.fix_weights(averaged(state), self.evaluation(graph, self.config.evaluate.split))
+            held_out = self.evaluation(graph, self.config.evaluate.split)
+            assert isinstance(held_out, PretrainingEvaluation)
+            evaluation.fix_weights(averaged(state), held_out)
         results, findings = evaluation(averaged(state))
         for line in said(results):
             log.say(line)

@@ -70,7 +70,7 @@ def seconds_by_scope(step: Callable[[], Any], program: str, steps: int = 3) -> d
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def _instructions(profile: ProfileData) -> Iterator[tuple[str, float]]:
+def _instructions(profile: Any) -> Iterator[tuple[str, float]]:
     """(instruction, seconds) of everything that a device ran: on the lines of an accelerator, else of host threads."""
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:") and list(plane.lines)]

@@ -97,7 +97,8 @@ def rank(
     candidates, odds, pairs_scored = (None, None), (None, None), 0
     start = time.perf_counter()
     if score_pairs is not None and all_pairs:
-        every = _score_every_pair(*similarity.shape, score_pairs, batch_size, progress)
+        texts, items = similarity.shape
+        every = _score_every_pair(texts, items, score_pairs, batch_size, progress)
         odds, pairs_scored = (every, every.T), every.size
     elif score_pairs is not None and rerank > 0:
         candidates = (top_candidates(similarity, rerank), top_candidates(similarity.T, rerank))  # (T, K), (I, K)
@@ -124,7 +125,7 @@ def rank(
     metrics |= by_weight[weight]
     metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
     metrics |= {f"{prefix}items": len(item_texts), f"{prefix}matching_weight": weight}
-    return Ranking(metrics, *(_top_of_rows(final(way, weight), max(KS)) for way in range(2)), seconds)
+    return Ranking(metrics, _top_of_rows(final(0, weight), max(KS)), _top_of_rows(final(1, weight), max(KS)), seconds)
 
 
 def contrastive_scores(

@@ -62,6 +62,21 @@ def test_equal_captions_find_one_anothers_items_when_asked():
     assert alike["retrieval/text_to_image/recall@1"] == alike["retrieval/image_to_text/recall@1"] == 1.0
 
 
+def test_the_best_weight_of_the_matching_head_is_taken():
+    """Odds that contradict the truth deserve no weight, odds that know it all of it."""
+    texts, items, text_items, _ = gallery()
+    truth = text_items[:, None] == np.arange(ITEMS)
+    for odds, expected in ((10.0 * ~truth, 0.0), (200.0 * truth - 100.0, 1.0)):
+        options = {"score_pairs": lambda t, i, odds=odds: odds[t, i], "rerank": ITEMS}
+        both = rank(texts, items, text_items, weights=(0.0, 1.0), **options).metrics
+        assert both["retrieval/matching_weight"] == expected
+        assert both == rank(texts, items, text_items, weights=(expected,), **options).metrics
+        alone = rank(texts, items, text_items, **options).metrics
+        assert both["retrieval/mean_recall"] >= max(
+            alone["retrieval/mean_recall"], both["retrieval/contrastive/mean_recall"]
+        )
+
+
 def test_mean_recall_is_the_mean_of_the_six_recalls():
     texts, items, text_items, odds = gallery()
     metrics = rank(texts, items, text_items, score_pairs=lambda t, i: odds[t, i], rerank=8).metrics

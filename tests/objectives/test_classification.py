@@ -40,7 +40,10 @@ def test_an_unknown_label_does_not_count():
     labels = jnp.asarray(LABELS).at[1].set(-1)
     known = jnp.asarray(WEIGHT).at[1].set(0)
     for function in (class_loss, class_correct):
-        one, other = (function(jnp.asarray(LOGITS), *rest) for rest in ((labels, WEIGHT), (LABELS, known)))
+        one, other = (
+            function(jnp.asarray(LOGITS), *rest)
+            for rest in ((labels, jnp.asarray(WEIGHT)), (jnp.asarray(LABELS), known))
+        )
         assert float(one.mean()) == float(other.mean()) and float(one.weight) == 3
 
 

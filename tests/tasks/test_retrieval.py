@@ -109,8 +109,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(model):
     whole, outputs = jax.jit(lambda batch: gradient(model, batch, whole_batch_gradient))(batch)
     parts, again = jax.jit(lambda batch: gradient(model, batch, accumulated_gradient, 2))(batch)
     for name, loss in outputs.losses.items():
-        assert float(again.losses[name].mean()) == pytest.approx(float(loss.mean()), abs=1e-6), name
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
+        assert float(again.losses[name].mean()) == pytest.approx(float(loss.mean()), rel=1e-5), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(a).max())), whole, parts)
 
 
 def test_losses_do_not_depend_on_devices(model):
@@ -123,4 +123,4 @@ def test_losses_do_not_depend_on_devices(model):
     mesh = sharding.make_mesh(data=2, fsdp=4)
     many = jax.jit(on_mesh(mesh, losses))(sharding.global_batch(batch, mesh))
     for name, value in alone.items():
-        assert float(many[name]) == pytest.approx(float(value), abs=1e-6), name
+        assert float(many[name]) == pytest.approx(float(value), rel=1e-5), name

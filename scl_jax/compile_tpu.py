@@ -9,7 +9,7 @@ trying what would (`model.remat`).
     --mesh=data=32,fsdp=8                                   instead of the config's
     --record=docs/scaling.jsonl                             also append what was found, for scl_jax.scaling_table
 
-A vocabulary of size 0 (the tokenizer's) counts as `--vocab_size`; shards and tokenizer are not needed.
+A vocabulary of size 0 (the tokenizer's) counts as `--vocabulary`; shards and tokenizer are not needed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
 _MESH = flags.DEFINE_string("mesh", "", "Mesh sizes instead of the config's, such as data=32,fsdp=8.")
 _STREAMS = flags.DEFINE_list("streams", [], "Only these streams; default: all that are on.")
-_VOCABULARY = flags.DEFINE_integer("vocab_size", 50265, "Of the tokenizer, where the config leaves it to that.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 50265, "Of the tokenizer, where the config leaves it to that.")
 _BUFFERS = flags.DEFINE_integer("buffers", 8, "How many of the largest buffers are shown.")
 _RECORD = flags.DEFINE_string("record", "", "A JSON-lines file that the findings are appended to.")
 

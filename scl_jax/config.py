@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from scl_jax.task_config import check_task, group_size, retrieval_defaults
+from scl_jax.task_config import check_task, group_option, group_size, retrieval_defaults
 
 STREAMS = ("images", "videos")
 
@@ -371,7 +371,7 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     where = f"data.{name}"
     whole = group_size(config)
     if min(stream.batch_size, whole, model.vision.patch_size, config.train.accumulate) < 1:
-        yield f"{where}: batch_size, group_size, patch_size and train.accumulate must be at least 1"
+        yield f"{where}: batch_size, {group_option(config.task)}, patch_size and train.accumulate must be at least 1"
         return
     across = max(devices // max(config.mesh.tensor, 1), 1)
     pieces = across * config.train.accumulate
@@ -384,7 +384,7 @@ def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     yield from _unless(
         stream.batch_size % (group * config.train.accumulate) == 0,
         f"{where}.batch_size {stream.batch_size} does not divide into train.accumulate {config.train.accumulate} "
-        f"micro-batches of whole groups (group_size {whole})",
+        f"micro-batches of whole groups ({group_option(config.task)} {whole})",
     )
     yield from _unless(
         stream.image_size % model.vision.patch_size == 0,

@@ -40,6 +40,11 @@ def retrieval_defaults() -> ConfigDict:
     )
 
 
+def group_option(task: str) -> str:
+    """The name of the option that `group_size` reads."""
+    return "retrieval.group_size" if task == "retrieval" else "objectives.group_size"
+
+
 def group_size(config: ConfigDict) -> int:
     """Samples that a micro-batch must keep together."""
     sizes = {"pretrain": config.objectives.group_size, "retrieval": config.retrieval.group_size}

@@ -28,7 +28,7 @@ def config(**changes):
 def losses_on(device, stream: str) -> dict[str, float]:
     """The seven losses of a random batch, dropout off, in float32 without TF32."""
     c = complete(config(**{"model.dropout": 0.0, "model.attention_dropout": 0.0}), stream, 16)
-    task = build.pretraining(c, mask_id=4)
+    task = build.pretraining(c, c.model.text.vocab_size, mask_id=4)
     graph, _ = parameters.abstract(build.model_maker(c))
     batch = Batch(**{name: jnp.asarray(x) for name, x in random_arrays(c, stream, 16).items()})
 

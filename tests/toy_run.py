@@ -53,7 +53,12 @@ def config(data_dir: Path, **changes):
 def run_main(data_dir: Path, workdir: Path, devices: int, *overrides: str) -> subprocess.Popen:
     """`python -m scl_jax.main` on `tests/toy_config.py` in a process of its own."""
     command = [sys.executable, "-m", "scl_jax.main", f"--config={ROOT}/tests/toy_config.py:{data_dir}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/xla"),  # a restarted run compiles nothing again
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *overrides],
         cwd=ROOT,

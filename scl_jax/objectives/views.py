@@ -202,7 +202,7 @@ def put(ids: Int[Array, "B L"], slots: Int[Array, "B S"], valid: Bool[Array, "B 
     length = ids.shape[1]
     target = jnp.where(valid, slots, length)  # an index past the end is dropped
     rows = jnp.arange(ids.shape[0])[:, None]
-    return ids.at[rows, target].set(value, mode="drop")
+    return ids.at[rows, target].set(jnp.asarray(value, ids.dtype), mode="drop")
 
 
 def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:

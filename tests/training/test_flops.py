@@ -50,7 +50,7 @@ def test_the_full_size_step_costs_two_thirds_of_the_references(remat, most):
     config = pretrain_image.get_config()
     config.model.remat = remat
     config = finalize(config, config.model.text.vocab_size)
-    task = build.pretraining(config, mask_id=4)
+    task = build.pretraining(config, config.model.text.vocab_size, mask_id=4)
     graph, params = parameters.abstract(build.model_maker(config))
     tx = build.optimizer_maker(config)(params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))

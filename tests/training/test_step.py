@@ -33,7 +33,7 @@ def double_precision():
 def both_ways(stream: str, active: tuple[str, ...], count: int, **changes):
     """(gradient, losses) of the whole batch and of `count` micro-batches, dropout off, two rows being padding."""
     config = finalize(toy_run.config(Path(), **changes), VOCABULARY)
-    task = build.pretraining(config, mask_id=4)
+    task = build.pretraining(config, config.model.text.vocab_size, mask_id=4)
     sizes = dataclasses.replace(build.model_config(config), precision=Precision(jnp.float64, jnp.float64))
     graph, _ = parameters.abstract(lambda rngs: SCL(sizes, rngs))
     params = jax.jit(lambda: parameters.split(SCL(sizes, nnx.Rngs(0)))[1])()

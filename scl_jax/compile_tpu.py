@@ -33,7 +33,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from scl_jax import build
-from scl_jax.config import active_streams, check, finalize
+from scl_jax.config import active_streams, finalize
+from scl_jax.config_check import check
 from scl_jax.models import parameters
 from scl_jax.training import sharding
 from scl_jax.training.flops import count_flops

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import ConfigError, active_streams, check, differences, finalize
+from scl_jax.config import ConfigError, active_streams, differences, finalize
+from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
 from scl_jax.data.builders import open_source
 from scl_jax.data.pipeline import train_dataset

@@ -12,7 +12,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from scl_jax.config import ConfigError, active_streams, check, default_config, differences, finalize
+from scl_jax.config import ConfigError, active_streams, default_config, differences, finalize
+from scl_jax.config_check import check
 from scl_jax.objectives.views import OBJECTIVES
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"

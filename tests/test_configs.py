@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from scl_jax import build
-from scl_jax.config import ConfigError, active_streams, check, finalize
+from scl_jax.config import ConfigError, active_streams, finalize
+from scl_jax.config_check import check
 from scl_jax.data import builders
 from scl_jax.models import parameters
 from scl_jax.objectives.views import OBJECTIVES

@@ -8,7 +8,8 @@ import pytest
 from test_configs import EVERY, FILES, abstract_batch, load
 
 from scl_jax import build
-from scl_jax.config import ConfigError, active_streams, check, finalize
+from scl_jax.config import ConfigError, active_streams, finalize
+from scl_jax.config_check import check
 from scl_jax.models import parameters
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step

@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import active_streams, check, finalize
+from scl_jax.config import active_streams, finalize
+from scl_jax.config_check import check
 from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training import sharding
 from scl_jax.training.state import TrainState, init_state

@@ -22,7 +22,7 @@ Record = dict[str, Any]  # the fields of compile_tpu.Findings
 
 _PLANS = flags.DEFINE_list("plan", [], "Plans to compile: sizes, weak, batches; or a step of one, such as weak/3.")
 _RECORDS = flags.DEFINE_string("records", "docs/scaling.jsonl", "What compile_tpu found, a line a step.")
-_OUT = flags.DEFINE_string("out", "docs/scaling.md", "The tables.")
+_OUT = flags.DEFINE_string("tables", "docs/scaling.md", "The tables.")
 
 
 @dataclasses.dataclass(frozen=True)

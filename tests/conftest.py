@@ -48,6 +48,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("tag", tags or [None], ids=tags or ["missing"], indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: the longest tests should not be what one worker is left with."""
+    items.sort(key=lambda item: not item.path.name.startswith(("test_session", "test_finetuning")))
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder of the recorded tensors; missing data fails, it does not skip."""

@@ -129,6 +129,7 @@ def test_statements_about_two_images(data_dir, pretrained, tmp_path):
     assert types["fusion.token_type"].shape[0] == 3
 
 
+@pytest.mark.slow
 def test_entailment(data_dir, pretrained, tmp_path):
     results = run(data_dir, tmp_path, pretrained, "entailment")
     with (tmp_path / "predictions/entailment_images_test.csv").open() as stream:

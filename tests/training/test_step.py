@@ -64,7 +64,7 @@ def assert_equal(whole, parts) -> None:
 HARD = {"objectives.matching.hard_negatives": 1.0}
 CASES = [
     pytest.param("images", OBJECTIVES, 2, HARD, id="all objectives, hard negatives"),
-    pytest.param("images", ("contrastive",), 4, {}, id="contrastive alone"),
+    pytest.param("images", ("contrastive",), 4, {}, id="contrastive alone", marks=pytest.mark.slow),
     pytest.param("videos", OBJECTIVES, 4, {}, id="all objectives on clips", marks=pytest.mark.slow),
 ]
 

@@ -11,6 +11,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from scl_jax.tpu_compiler import roomy_stacks
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then evaluate), or evaluate a checkpoint.")
@@ -27,6 +29,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from scl_jax.training import distributed  # after the flags, so that --help is instant
 
+    roomy_stacks()
     try:
         explicit = distributed.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         wait = _CONFIG.value.distributed

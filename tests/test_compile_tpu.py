@@ -18,6 +18,7 @@ import toy_run
 from scl_jax import compile_tpu, scaling_table
 from scl_jax.compile_tpu import Findings, abstract_batch, compile_step, describe, find, tpu_devices, with_mesh
 from scl_jax.config import ConfigError, finalize
+from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
 
 
@@ -173,3 +174,10 @@ def test_plans_are_chosen_by_name_and_number():
     for wrong in ("width", "weak/4", "weak/x"):
         with pytest.raises(ValueError, match=f"--plan={wrong}: choose"):
             scaling_table.chosen_steps([wrong])
+
+
+def test_the_compiler_gets_roomy_stacks_unless_told_otherwise():
+    env = {"LIBTPU_INIT_ARGS": "--xla_a=1"}
+    roomy_stacks(env)
+    roomy_stacks(env)
+    assert env == {"LIBTPU_INIT_ARGS": "--xla_a=1 --fibers_default_thread_stack_size=1048576"}

@@ -25,6 +25,7 @@ from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
+from scl_jax.replay import blame
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
@@ -32,8 +33,10 @@ from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.distributed import meet
 from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Schedule, Window, train
+from scl_jax.training.nonfinite import Guard, NonFiniteError, records
 from scl_jax.training.records import write_json
 from scl_jax.training.state import TrainState, init_state
+from scl_jax.training.workdir import held
 
 
 class Session:
@@ -129,39 +132,57 @@ class Session:
         )
 
     def train(self) -> bool:
-        """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early."""
+        """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early.
+
+        Raises:
+            WorkdirError: the work directory is in use, or cannot be written.
+            CheckpointError: a checkpoint could not be written, or none can be read.
+            NonFiniteError: too many steps in a row were not finite.
+        """
+        with held(self.workdir, self.is_main):
+            return self._train()
+
+    def _train(self) -> bool:
         config = self.config
         data = self.training_data()  # before the state: missing shards should be said at once
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
-        window = Window()
-        begun = self.checkpoints.latest()
-        if begun is not None:
+        begun, progress = None, {"window": {}}
+        if self.checkpoints.latest() is not None:
             state, progress = self.checkpoints.restore(abstract_state(state))
+            begun = int(state.step)
             iterator.set_state(progress["data"])
-            window = Window(progress["window"])
         with self.open_log(begun or 0) as log:
             log.save_config(config)
             if self.classes and self.is_main:
                 write_json(self.workdir / "classes.json", list(self.classes))
             count = parameters.count(state.params)
             begin = f"continuing from step {begun}" if begun is not None else "starting"
+            for note in self.checkpoints.notes:
+                log.say(note)
             log.say(f"{begin}: {count / 1e6:.1f} M parameters, {self.mesh.devices.size} device(s)")
             self.say_initial(log)
-            state, complete = train(
-                self.task,
-                self.jit_step(graph, tx, state),
-                state,
-                iterator,
-                self.mesh,
-                self.schedule(),
-                self.checkpoints,
-                log,
-                lambda state: evaluation(averaged(state))[0] if evaluation else {},
-                window,
-                config.distributed.compile_timeout,
-            )
+            try:
+                state, complete = train(
+                    self.task,
+                    self.jit_step(graph, tx, state),
+                    state,
+                    iterator,
+                    self.mesh,
+                    self.schedule(),
+                    self.checkpoints,
+                    log,
+                    lambda state: evaluation(averaged(state))[0] if evaluation else {},
+                    Window(progress["window"]),
+                    self.guard(log, progress.get("skipped_in_row", 0)),
+                    config.distributed.compile_timeout,
+                )
+            except NonFiniteError as error:
+                self.checkpoints.wait()
+                if not error.objectives:
+                    log.say(f"the gradient that is not finite: {'; '.join(blame(self, graph, error))}")
+                raise
             if complete:
                 step = self.chosen_step()
                 if step not in (None, int(state.step)):
@@ -171,8 +192,19 @@ class Session:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
 
+    def guard(self, log: RunLog, in_row: int) -> Guard:
+        """What looks after steps that are not finite; a checkpoint is kept before the last one that has a record."""
+        folder, limit = self.workdir / "nonfinite", self.config.train.max_nonfinite_in_row
+        for step in records(folder)[-1:]:
+            self.checkpoints.keep_before(step)
+        return Guard(folder, limit, self.config.seed, log.say, self.is_main, in_row, self.checkpoints.keep_before)
+
     def evaluate(self) -> None:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""
+        with held(self.workdir, self.is_main):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         graph, _, state = self.initial_state(complete=True)
         if self.checkpoints.latest() is not None or not self.config.init.checkpoint:
             state, _ = self.checkpoints.restore(abstract_state(state), self.chosen_step())

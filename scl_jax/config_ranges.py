@@ -100,7 +100,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"model\.dtype", Choice(("float32", "bfloat16"))),
     (r"model\.(answers)", NOT_NEGATIVE),
     (r"model\.(attention_)?dropout", DECAY),
-    (r"model\.initial_temperature", POSITIVE),
+    (r"model\.(initial_temperature|initializer_range)", POSITIVE),
     (r"model\.(\w+\.)?\w+", COUNT),  # sizes
     (r"objectives\.\w+\.(weight|start|ramp)", NOT_NEGATIVE),
     (r"objectives\.\w+\.(temperature|temperature_min|temperature_max)", POSITIVE),
@@ -119,11 +119,15 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"data\.\w+\.flip", Choice(("never", "unless_sided", "always"))),
     (
         r"data\.\w+\.crop_scale",
-        Values(Range(0, 1, open_low=True), 2, "use (least, most) of the area, 0 < least ≤ most ≤ 1", lambda v: v[0] <= v[1]),
+        Values(
+            Range(0, 1, open_low=True), 2, "use (least, most) of the area, 0 < least ≤ most ≤ 1", lambda v: v[0] <= v[1]
+        ),
     ),
     (
         r"data\.\w+\.rand_augment",
-        Values(NOT_NEGATIVE, 2, "use (operations, magnitude from 0 to 30)", lambda v: isinstance(v[0], int) and v[1] <= 30),
+        Values(
+            NOT_NEGATIVE, 2, "use (operations, magnitude from 0 to 30)", lambda v: isinstance(v[0], int) and v[1] <= 30
+        ),
     ),
     (r"optimizer\.decay", Choice(("linear", "cosine", "constant"))),
     (r"optimizer\.(b1|b2)", DECAY),
@@ -131,7 +135,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"optimizer\.warmup", Range(0, hint="it is a share of the steps, or a number of steps when above 1")),
     (r"optimizer\.ema", Range(0, 1, open_high=True, hint="it is a decay from 0 (off) to below 1")),
     (r"optimizer\.\w+", NOT_NEGATIVE),
-    (r"mesh\.\w+", Range()),  # -1, or a number that fits the devices: config_check
+    (r"mesh\.\w+", Range(hint="it must be a number of devices, or -1: all that the others leave")),
     (r"distributed\.\w+", Range(1, hint="it must be at least a second")),
     (r"train\.(epochs|keep_best)", NOT_NEGATIVE),
     (r"train\.accumulate", Range(1, hint="1 means no accumulation")),
@@ -139,7 +143,9 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"train\.(steps|checkpoint_every|max_nonfinite_in_row)|log\.every", COUNT),
     (
         r"train\.profile_steps",
-        Values(NOT_NEGATIVE, 2, "use (first, last) step, first < last; (0, 0): none", lambda v: v[0] < v[1] or not any(v)),
+        Values(
+            NOT_NEGATIVE, 2, "use (first, last) step, first < last; (0, 0): none", lambda v: v[0] < v[1] or not any(v)
+        ),
     ),
     (r"evaluate\.every", Range(0, hint="0 means only at the end")),
     (r"evaluate\.(max_items|rerank)", NOT_NEGATIVE),

@@ -47,7 +47,7 @@ def _run() -> None:
     from scl_jax.training.checkpoint import no_space
 
     try:
-        session = Session(_CONFIG.value, str(_WORKDIR.value))
+        session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
         if _MODE.value == "evaluate":
             session.evaluate()
         else:

@@ -262,7 +262,7 @@ def main() -> None:
     from scl_jax.session import Session  # it needs this module, too
 
     try:
-        findings, lines = replay(Session(run_config(options.workdir), options.workdir), options.step)
+        findings, lines = replay(Session(run_config(options.workdir), options.workdir, "replay"), options.step)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(lines))

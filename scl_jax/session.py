@@ -25,6 +25,7 @@ from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
+from scl_jax.preflight import missing, tried
 from scl_jax.replay import blame
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
@@ -42,18 +43,27 @@ from scl_jax.training.workdir import held
 class Session:
     """Everything of one run. Nothing is compiled and no work directory is touched before the config has been checked.
 
+    mode: what it will do, "train", "evaluate" or "replay"; the data that this reads must be there.
+
     Raises:
-        ConfigError: options that cannot work, or that differ from those the work directory was begun with.
-        FileNotFoundError: shards or the tokenizer are missing; the message says how to make them.
+        ConfigError: all options that cannot work, and all they name that is missing, with how to make it; or options
+            that differ from those the work directory was begun with.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path | str):
-        self.workdir = Path(workdir)
-        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer or f"{config.data.dir}/tokenizer")
-        self.classes = classes_of(config)
+    def __init__(self, config: ConfigDict, workdir: Path | str, mode: str = "train"):
+        self.workdir, problems = Path(workdir), []
+        named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
+        tokenizer = tried(problems, lambda: load_tokenizer(named), None)
+        self.classes = tried(problems, lambda: classes_of(config), ())
+        examples = tried(problems, lambda: examples_of(config), 0)
+        vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
-        self.config = finalize(config, self.tokenizer.vocab_size, answers, examples_of(config))
-        check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
+        self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
+        problems += missing(self.config, mode, self._begun())
+        problems = list(dict.fromkeys(problems))
+        check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
+        assert tokenizer is not None  # else a problem
+        self.tokenizer: Tokenizer = tokenizer
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
@@ -61,10 +71,13 @@ class Session:
         self.initial_notes: list[str] = []
         self._log: RunLog | None = None
 
+    def _begun(self) -> bool:
+        return any(self.workdir.glob("checkpoints/[0-9]*"))
+
     def _check_workdir(self) -> None:
         """A work directory that holds a checkpoint can only be continued with the same config."""
         file = self.workdir / "config.json"
-        if not file.exists() or not any(self.workdir.glob("checkpoints/[0-9]*")):
+        if not file.exists() or not self._begun():
             return
         changed = differences(json.loads(file.read_text()), json.loads(json.dumps(self.config.to_dict())))
         if changed:

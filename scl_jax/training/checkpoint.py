@@ -98,7 +98,9 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=self._options)
         except UNREADABLE as error:
-            raise CheckpointError(f"the checkpoints in {self._folder} cannot be opened ({first_line(error)})") from error
+            raise CheckpointError(
+                f"the checkpoints in {self._folder} cannot be opened ({first_line(error)})"
+            ) from error
 
     def _steps_on_disk(self) -> list[int]:
         return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
@@ -200,8 +202,8 @@ class Checkpoints:
             left = [step for step in self._steps_on_disk() if not damage(self._folder / str(step))]
             whole = f"the newest whole checkpoint is step {left[-1]}" if left else "there is no earlier checkpoint"
             raise CheckpointError(
-                f"a checkpoint could not be written to {self._folder}: {no_space(error) or first_line(error)}; {whole}. "
-                "The same command continues from there once there is room."
+                f"a checkpoint could not be written to {self._folder}: {no_space(error) or first_line(error)}; "
+                f"{whole}. The same command continues from there once there is room."
             ) from error
 
     def wait(self) -> None:

@@ -130,7 +130,9 @@ class Guard:
             if self._writes:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, record)
-            self._say(f"step {step.step}: {culprits(record)} not finite; the update is skipped, its batch kept in {path}")
+            self._say(
+                f"step {step.step}: {culprits(record)} not finite; the update is skipped, its batch kept in {path}"
+            )
             if len(kept) == KEPT - 1:
                 self._say(f"{self._folder} is full: later skipped updates are counted in metrics.jsonl, not kept")
         return record

@@ -13,7 +13,7 @@ FLUSH = 60  # seconds
 
 
 class EventFile:
-    """An event file in `folder`, which is made when missing; `after`: TensorBoard drops what it knows of later steps."""
+    """An event file in `folder`, made when missing; `after`: TensorBoard drops what it knows of later steps."""
 
     def __init__(self, folder: Path, after: int | None = None):
         from tensorboardX.event_file_writer import EventsWriter  # only where wanted: it takes a second to import

@@ -35,7 +35,9 @@ def held(workdir: Path, is_main: bool = True) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise WorkdirError(f"cannot write to the work directory {workdir} ({error}): choose another --workdir") from error
+        raise WorkdirError(
+            f"cannot write to the work directory {workdir} ({error}): choose another --workdir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -175,7 +175,7 @@ class Checkpoints:
         restored, reason = None, ""
         try:
             restored = self._manager.restore(step, args=args)
-        except UNREADABLE as error:
+        except Exception as error:  # Orbax raises plain ones, too; said, and an error where nothing else can be read
             reason = first_line(error)
         if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(not reason)).all():
             restored, reason = None, reason or "another process cannot read it"
@@ -224,7 +224,7 @@ def damage(folder: Path) -> str:
     for item in ("state", "progress"):
         if not (folder / item).is_dir():
             return f"{item} is missing"
-    for file in (folder / "_CHECKPOINT_METADATA", *folder.glob("*/metadata"), *folder.glob("metrics/*")):
+    for file in (folder / "_CHECKPOINT_METADATA", *folder.glob("*/metadata"), *folder.glob("metrics/metrics")):
         try:
             json.loads(file.read_text())
         except FileNotFoundError:
@@ -254,7 +254,9 @@ def errno_text(number: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind and the first line of an error, no longer than a line."""
+    """The kind and the first line of the error that caused an error, no longer than a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 

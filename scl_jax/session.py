@@ -26,14 +26,14 @@ from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
 from scl_jax.preflight import missing, tried
-from scl_jax.replay import blame
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.distributed import meet
+from scl_jax.training.inspection import Inspection
 from scl_jax.training.logging import RunLog
-from scl_jax.training.loop import Schedule, Window, train
+from scl_jax.training.loop import Feed, Schedule, Window, train
 from scl_jax.training.nonfinite import Guard, NonFiniteError, records
 from scl_jax.training.records import write_json
 from scl_jax.training.state import TrainState, init_state
@@ -92,15 +92,16 @@ class Session:
         t = self.config.train
         return Checkpoints(self.workdir / "checkpoints", t.keep_latest, t.keep_best, t.best_metric)
 
-    def initial_state(self, complete: bool = False) -> tuple[Any, Any, TrainState]:
+    def initial_state(self, complete: bool = False, fresh: bool = False) -> tuple[Any, Any, TrainState]:
         """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued.
 
         complete: every head must come from there; fresh ones are no model to evaluate.
+        fresh: fill in whatever checkpoints there are, to go through the run from its beginning.
         """
         maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
         graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
         meet("state is there", self.config.distributed.compile_timeout)
-        if self.checkpoints.latest() is None:
+        if fresh or self.checkpoints.latest() is None:
             params, self.initial_notes = initial_parameters(self.config, state.params, complete)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
             state = dataclasses.replace(state, params=params, ema=ema)
@@ -194,7 +195,7 @@ class Session:
             except NonFiniteError as error:
                 self.checkpoints.wait()
                 if not error.objectives:
-                    log.say(f"the gradient that is not finite: {'; '.join(blame(self, graph, error))}")
+                    log.say(f"the gradient that is not finite: {self._blame(graph, error)}")
                 raise
             if complete:
                 step = self.chosen_step()
@@ -211,6 +212,22 @@ class Session:
         for step in records(folder)[-1:]:
             self.checkpoints.keep_before(step)
         return Guard(folder, limit, self.config.seed, log.say, self.is_main, in_row, self.checkpoints.keep_before)
+
+    def inspection(self, graph: Any) -> Inspection:
+        """What takes a step of this run apart by objective."""
+        m, t = self.config.model, self.config.train
+        dropout = m.dropout > 0 or m.attention_dropout > 0
+        seed = self.config.seed
+        return Inspection(self.task, graph, self.mesh, seed=seed, accumulate=t.accumulate, dropout=dropout)
+
+    def _blame(self, graph: Any, error: NonFiniteError) -> str:
+        """The objectives whose gradient is not finite in the step that ended a run, whose state has not moved since."""
+        iterator = iter(self.training_data())
+        iterator.set_state(error.record["data"])
+        batch = Feed(iterator, self.mesh).take().batch
+        state = dataclasses.replace(error.state, step=jnp.asarray(error.record["step"] - 1, jnp.int32))
+        bad = [finding for finding in self.inspection(graph)(state, batch) if not finding.finite]
+        return "; ".join(f"of {finding.objective}, first {finding.first}" for finding in bad) or "of no objective alone"
 
     def evaluate(self) -> None:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""

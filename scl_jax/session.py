@@ -162,11 +162,7 @@ class Session:
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
-        begun, progress = None, {"window": {}}
-        if self.checkpoints.latest() is not None:
-            state, progress = self.checkpoints.restore(abstract_state(state))
-            begun = int(state.step)
-            iterator.set_state(progress["data"])
+        state, begun, progress = self._continued(state, iterator)
         with self.open_log(begun or 0) as log:
             log.save_config(config)
             if self.classes and self.is_main:
@@ -194,9 +190,9 @@ class Session:
                 )
             except NonFiniteError as error:
                 self.checkpoints.wait()
-                if not error.objectives:
-                    log.say(f"the gradient that is not finite: {self._blame(graph, error)}")
-                raise
+                if error.objectives:
+                    raise
+                raise NonFiniteError(f"{error} {self._blame(graph, error)}", (), error.record) from error
             if complete:
                 step = self.chosen_step()
                 if step not in (None, int(state.step)):
@@ -205,6 +201,14 @@ class Session:
             else:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
+
+    def _continued(self, state: TrainState, iterator: Any) -> tuple[TrainState, int | None, dict[str, Any]]:
+        """(state, its step or None, progress) of the newest checkpoint, where there is one; the iterator is set there."""
+        if self.checkpoints.latest() is None:
+            return state, None, {"window": {}}
+        state, progress = self.checkpoints.restore(abstract_state(state))
+        iterator.set_state(progress["data"])
+        return state, int(state.step), progress
 
     def guard(self, log: RunLog, in_row: int) -> Guard:
         """What looks after steps that are not finite; a checkpoint is kept before the last one that has a record."""
@@ -227,7 +231,8 @@ class Session:
         batch = Feed(iterator, self.mesh).take().batch
         state = dataclasses.replace(error.state, step=jnp.asarray(error.record["step"] - 1, jnp.int32))
         bad = [finding for finding in self.inspection(graph)(state, batch) if not finding.finite]
-        return "; ".join(f"of {finding.objective}, first {finding.first}" for finding in bad) or "of no objective alone"
+        found = "; ".join(f"of {finding.objective}, first {finding.first}" for finding in bad)
+        return f"The gradient that is not finite is that {found or 'of no objective alone'}."
 
     def evaluate(self) -> None:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""

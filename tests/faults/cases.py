@@ -132,7 +132,7 @@ class Cases:
         workdir = self.folder / "row"
         program = ("-m", "tests.faults.poison", "5,6,7", "local_text", "gradient")
         said = self.run(workdir, program, **STEPS, **{"train.max_nonfinite_in_row": 3}).ends(1)
-        assert "the gradient that is not finite: of local_text" in said
+        assert "The gradient that is not finite is that of local_text" in said
         return said
 
     def config(self) -> str:

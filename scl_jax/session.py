@@ -203,7 +203,7 @@ class Session:
         return complete
 
     def _continued(self, state: TrainState, iterator: Any) -> tuple[TrainState, int | None, dict[str, Any]]:
-        """(state, its step or None, progress) of the newest checkpoint, where there is one; the iterator is set there."""
+        """(state, its step or None, progress) from the newest checkpoint, if any, and the iterator set to its place."""
         if self.checkpoints.latest() is None:
             return state, None, {"window": {}}
         state, progress = self.checkpoints.restore(abstract_state(state))

@@ -117,7 +117,7 @@ def aimed(aim: str, rng: random.Random) -> Callable[[list[str]], bool]:
 def phase(marks: list[str], workdir: Path) -> str:
     """What a process was doing when it died, by its marks and by what it left on the disk."""
     unfinished = [path for path in workdir.glob("checkpoints/*") if not path.name.isdigit()]
-    if unfinished or (marks and marks[-1] == "saving"):
+    if marks and (marks[-1] == "saving" or (unfinished and "saving" in marks)):
         return "saving"
     if "step" in marks:
         return "stepping"
@@ -198,9 +198,8 @@ def main() -> None:
             + f"; steps lost and done again {lost}; half-deleted folders met {damaged}; "
             f"{time.monotonic() - begin:.0f} s in all"
         )
-        print(
-            f"DIFFERENT: {', '.join(differs)}" if differs else "parameters, optimizer, metrics, results: bit-identical"
-        )
+        same = "parameters, optimizer, metrics and results are equal to the bit"
+        print(f"DIFFERENT: {', '.join(differs)}" if differs else same)
         sys.exit(bool(differs))
 
 

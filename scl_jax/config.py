@@ -189,6 +189,7 @@ def _train() -> ConfigDict:
             "keep_latest": 2,
             "keep_best": 1,
             "best_metric": "retrieval/mean_recall_of_streams",
+            "max_nonfinite_in_row": 10,  # updates skipped in a row, loss or gradient not finite, that end the run
             "profile_steps": (0, 0),  # (first, last): a jax.profiler trace of these steps; (0, 0): none
         }
     )
@@ -277,6 +278,7 @@ MAY_CHANGE = (
     "train.keep_latest",
     "train.keep_best",
     "train.best_metric",
+    "train.max_nonfinite_in_row",
     "train.profile_steps",
     "model.remat",
     "model.initializer_range",  # only step 0 looks at it

@@ -95,6 +95,14 @@ def _check_training(config: ConfigDict) -> Iterator[str]:
     yield from _unless(t.keep_latest >= 1, f"train.keep_latest is {t.keep_latest}; the newest checkpoint must be kept")
     for name, seconds in config.distributed.items():
         yield from _unless(seconds >= 1, f"distributed.{name} is {seconds}; it must be at least a second")
+    yield from _unless(
+        config.data.bad_records in ("fail", "skip"),
+        f"data.bad_records is {config.data.bad_records!r}; choose fail or skip",
+    )
+    yield from _unless(
+        0 <= config.data.max_skipped_share < 1,
+        f"data.max_skipped_share is {config.data.max_skipped_share}; it is a share from 0 to below 1",
+    )
     yield from _unless(config.data.threads >= 1, f"data.threads is {config.data.threads}; it must be at least 1")
 
 

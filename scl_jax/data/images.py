@@ -103,9 +103,12 @@ def load_pixels(data: bytes, image: Image.Image, at_least: tuple[float, float]) 
     if not plain or min(image.width / at_least[0], image.height / at_least[1]) >= 2:  # smaller scales: Pillow's draft
         return np.asarray(load_rgb(image, at_least))
     try:
-        return simplejpeg.decode_jpeg(data)
-    except ValueError as error:
-        raise ValueError(f"cannot decode JPEG: {error}") from error
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        if (width, height) == image.size:  # the size that was checked
+            return simplejpeg.decode_jpeg(data)
+    except ValueError:  # it is stricter: Pillow decides what is broken
+        pass
+    return np.asarray(load_rgb(image, at_least))
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

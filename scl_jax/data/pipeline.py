@@ -146,7 +146,7 @@ class TrainExample:
         opened = images.open_image(media)
         drawn = self._draw(images.upright_size(opened), caption, rng)
         if self._fast:
-            return images.augment_fast(images.load_pixels(media, opened, drawn.sufficient_size()), drawn)[None]
+            return images.augment_fast(images.load_pixels(opened, drawn.sufficient_size()), drawn)[None]
         return images.augment(images.load_rgb(opened, drawn.sufficient_size()), drawn)[None]
 
     def _draw(self, image_size: tuple[int, int], caption: str, rng: np.random.Generator) -> images.Augmentation:

@@ -253,14 +253,12 @@ def test_pixels_are_the_same_bytes_whichever_decoder_reads_them(kind, at_least):
         options["exif"][0x0112] = 6
     options |= {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
     data = encode(image, "PNG") if kind == "PNG" else encode(image, "JPEG", **options)
-    pixels = images.load_pixels(data, images.open_image(data), at_least)
+    pixels = images.load_pixels(images.open_image(data), at_least)
     np.testing.assert_array_equal(pixels, np.asarray(images.load_rgb(images.open_image(data), at_least)))
-
-
-def test_a_truncated_jpeg_is_an_error_for_either_decoder():
-    data = encode(photograph(), "JPEG")[:-2000]
-    with pytest.raises(ValueError, match="cannot decode JPEG"):
-        images.load_pixels(data, images.open_image(data), (200, 150))
+    if kind != "turned":  # Pillow's own way
+        opened = Image.open(io.BytesIO(data))
+        opened.draft(opened.mode, tuple(map(int, at_least)))
+        np.testing.assert_array_equal(pixels, np.asarray(opened.convert("RGB")))
 
 
 def test_evaluation_resizes_the_whole_picture():

@@ -56,11 +56,15 @@ def names_side(caption: str) -> bool:
 # ---- files to pixels ----
 
 
+class UnknownFormatError(ValueError):
+    """The bytes do not begin as an image of a known format does."""
+
+
 def open_image(data: bytes) -> Image.Image:
     """Reads the header of an encoded image; the pixels stay encoded until `load_rgb`.
 
     Raises:
-        ValueError: no image, an unknown format, or more than MAX_PIXELS pixels.
+        ValueError: no image, an unknown format (UnknownFormatError), or more than MAX_PIXELS pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -68,7 +72,7 @@ def open_image(data: bytes) -> Image.Image:
         raise ValueError(f"image has far more than {MAX_PIXELS} pixels (a decompression bomb?)") from error
     except Image.UnidentifiedImageError as error:
         reason = "empty file" if not data else f"no image format known here, {len(data)} bytes, first {data[:8]!r}"
-        raise ValueError(f"cannot decode image: {reason}") from error
+        raise UnknownFormatError(f"cannot decode image: {reason}") from error
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ValueError(f"cannot decode image: broken header ({error})") from error
     if image.width * image.height > MAX_PIXELS:

@@ -138,7 +138,7 @@ class TrainExample:
 
     def _augmented(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
         if self._frames > 1 or video.is_video(media):
-            clip = video.decode_frames(media, self._frames, rng=rng)
+            clip = decode_clip(media, self._frames, rng=rng)
             drawn = self._draw((clip.shape[2], clip.shape[1]), caption, rng)
             if self._fast:
                 return np.stack([images.augment_fast(frame, drawn) for frame in clip])
@@ -323,9 +323,19 @@ class EvaluationSet:
 # ---- both ----
 
 
+def decode_clip(media: bytes, frames: int, *, rng: np.random.Generator | None = None) -> UInt8[np.ndarray, "F H W 3"]:
+    """`video.decode_frames`, also of a GIF; any other picture is a clip of one frame, which is repeated."""
+    if not video.is_video(media) and not media.startswith(b"GIF8"):
+        try:
+            return np.repeat(images.decode_image(media)[None], frames, axis=0)
+        except images.UnknownFormatError:
+            pass
+    return video.decode_frames(media, frames, rng=rng)
+
+
 def _evenly_spaced(media: bytes, frames: int) -> list[Image.Image]:
     if frames > 1 or video.is_video(media):
-        return [Image.fromarray(frame) for frame in video.decode_frames(media, frames)]
+        return [Image.fromarray(frame) for frame in decode_clip(media, frames)]
     return [images.load_rgb(images.open_image(media))]
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 from scl_jax.data import builders
 from scl_jax.data.builders.problems import map_ahead, progress_bar, why_broken
 from scl_jax.data.builders.targets import why_inconsistent
-from scl_jax.data.video import decode_frames
+from scl_jax.data.pipeline import decode_clip
 
 Share: TypeAlias = Callable[[str], list[str]]  # a text of this process → those of all processes, in their order
 _RULES = 1  # counted up when what makes a record good changes, so that older lists are made again
@@ -96,7 +96,7 @@ def _why_undecodable(media: bytes, clips: bool) -> str:
     if not clips:
         return why_broken(media, "media")
     try:
-        decode_frames(media, _CHECKED_FRAMES)
+        decode_clip(media, _CHECKED_FRAMES)
     except ValueError as error:
         return str(error)
     return ""

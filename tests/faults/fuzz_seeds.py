@@ -8,7 +8,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import av
@@ -81,8 +83,9 @@ def pictures() -> dict[str, bytes]:
 
 def clip(container: str, codec: str, options: dict[str, str] | None = None) -> bytes:
     """Ten frames of 32x32."""
-    buffer, rng = io.BytesIO(), np.random.default_rng(0)
-    with av.open(buffer, "w", format=container, options=options or {}) as out:
+    rng = np.random.default_rng(0)
+    file = Path(tempfile.mkdtemp()) / "clip"  # what moves the index to the front reads the file again
+    with av.open(str(file), "w", format=container, options=options or {}) as out:
         stream = out.add_stream(codec, rate=8)
         stream.width, stream.height, stream.gop_size = 32, 32, 4
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -90,7 +93,9 @@ def clip(container: str, codec: str, options: dict[str, str] | None = None) -> b
             picture = (20 * k + rng.integers(-9, 9, (32, 32, 3))).clip(0, 255).astype(np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode())
-    return buffer.getvalue()
+    data = file.read_bytes()
+    shutil.rmtree(file.parent)
+    return data
 
 
 def clips() -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import jax
@@ -114,3 +115,33 @@ def test_a_run_may_go_on_without_a_record_that_stopped_it(broken, tmp_path):
         session._look_at_records()
         assert "data.bad_records was fail, now skip: another order of examples" in session.bad_records.notes[0]
     assert session.train()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_the_same_records_as_one(broken, tmp_path):
+    options = [f"--config.{name}={value}" for name, value in OPTIONS.items()]
+
+    def run(name: str, count: int) -> Path:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        together = [f"--coordinator={address}", f"--processes={count}"] if count > 1 else []
+        own = [[*together, f"--process={index}"] if together else [] for index in range(count)]
+        runs = [toy_run.run_main(broken, tmp_path / name, 4 // count, *options, *arguments) for arguments in own]
+        said = [run.communicate(timeout=600)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0] * count, said
+        return tmp_path / name
+
+    for file in broken.rglob("screened.*"):
+        file.unlink()
+    together = run("together", 2)
+    for file in broken.rglob("screened.*"):
+        file.unlink()
+    alone = run("alone", 1)
+    assert (together / "skipped.jsonl").read_text() == (alone / "skipped.jsonl").read_text()
+    assert (alone / "skipped.jsonl").read_text().count("\n") == len(BAD)
+    losses = [
+        [json.loads(line)["loss/total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (together, alone)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4

@@ -48,6 +48,7 @@ EXTRAS = {
         "ipykernel>=6.29",  # the tests run the notebooks
         "jupytext>=1.17",
         "nbclient>=0.10",
+        "pip-audit>=2.7",
         "pre-commit>=4",
         "pyright[nodejs]>=1.1.400",
         "pytest>=9,<10",

@@ -144,6 +144,8 @@ def _data() -> ConfigDict:
             "videos": _stream(batch_size=1024, frames=4, image_size=224, share=0.0),
             "threads": 8,
             "prefetch": 4,  # whole batches kept ready
+            "bad_records": "fail",  # fail | skip (look at all records first, leave out and list what cannot be used)
+            "max_skipped_share": 0.01,  # of the records of a split; more are an error
         }
     )
 
@@ -274,6 +276,8 @@ MAY_CHANGE = (
     "data.dir",
     "data.threads",
     "data.prefetch",
+    "data.bad_records",  # another order of examples from there on, which the log says
+    "data.max_skipped_share",
     "train.checkpoint_every",
     "train.keep_latest",
     "train.keep_best",

@@ -112,6 +112,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"data\.text_length", Range(3, hint="it must be at least 3 (<s>, a token, </s>)")),
     (r"data\.prefetch", NOT_NEGATIVE),
     (r"data\.threads", COUNT),
+    (r"data\.bad_records", Choice(("fail", "skip"))),
+    (r"data\.max_skipped_share", Range(0, 1, open_high=True, hint="it is a share from 0 to below 1")),
     (r"data\.\w+\.(evaluation_)?datasets", NAMES),
     (r"data\.\w+\.share", Range(0, hint="it is a share of the steps; 0 switches the stream off")),
     (r"data\.\w+\.(batch_size|frames|image_size)", COUNT),

@@ -169,7 +169,7 @@ def test_answer_entails_and_compare_use_their_heads(tiny_model, network, monkeyp
     assert found == pytest.approx(softmax(entailment).tolist(), abs=1e-5)
     found = tiny_model.compare(PICTURES[0], PICTURES[1], TEXTS[1])
     assert found == pytest.approx(float(softmax(truth)[1]), abs=1e-5)
-    monkeypatch.setattr(tiny_model, "answers", ())  # no answers.json beside the checkpoint
+    monkeypatch.setattr(tiny_model, "answers", ())  # no classes.json beside the checkpoint
     assert tiny_model.answer(PICTURES[0], TEXTS[1], k=1)[0][0] == f"answer {chances.argmax()}"
 
 

@@ -21,6 +21,14 @@ def script(name):
     return module
 
 
+def configured(config, options):
+    """The config of a run, checked."""
+    c = load(Path(config).stem).get_config()
+    c.update_from_flattened_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()})
+    check(finalize(c, 1000), 1000)
+    return c
+
+
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
     """The script with a folder for its runs, none of which is made: every call is recorded as (config, options)."""
@@ -41,9 +49,7 @@ def test_arms_of_the_ablation_differ_in_completion_alone(ablation):
     for arm in ablation.ARMS:
         ablation.one_run(ablation.options, arm, seed=1)
         (config, options), (task, answers) = ablation.calls[-2:]
-        c = load(Path(config).stem).get_config()
-        c.update_from_flattened_dict({name: str(v) if isinstance(v, Path) else v for name, v in options.items()})
-        check(finalize(c, 1000), 1000)
+        c = configured(config, options)
         weights[arm] = {name: c.objectives[name].weight for name in (*ablation.COMPLETION, "matching", "contrastive")}
         assert c.seed == 1 and c.data.videos.share == 0 and c.init.checkpoint.endswith("start")
         assert (task, answers["seed"]) == ("configs/vqa.py:toy", 1)
@@ -52,23 +58,26 @@ def test_arms_of_the_ablation_differ_in_completion_alone(ablation):
     assert len({(found["matching"], found["contrastive"]) for found in weights.values()}) == 1
 
 
-def test_the_ablation_starts_before_completion(ablation, tmp_path):
-    run = tmp_path / "run"
-    for step in (1800, 2100, 2400):
-        (run / "checkpoints" / str(step)).mkdir(parents=True)
-    starts = {"objectives": {name: {"start": 2300} for name in ablation.COMPLETION}}
-    (run / "config.json").write_text(json.dumps(starts))
-    kept = ablation.before_completion(run, tmp_path / "kept")
-    assert [path.name for path in (kept / "checkpoints").iterdir()] == ["2100"]
-    (run / "config.json").write_text(json.dumps(starts).replace("2300", "900"))
-    with pytest.raises(FileNotFoundError, match="completion began at step 900"):
-        ablation.before_completion(run, tmp_path / "other")
+def test_all_arms_continue_a_run_without_completion(ablation):
+    ablation.common_start(ablation.options)
+    ((_, options),) = ablation.calls
+    config = configured("configs/quickstart.py", options)
+    o = config.objectives
+    assert {o[name].weight for name in ablation.COMPLETION} == {0.0} and config.init.checkpoint == ""
+    assert (o.contrastive.start, o.matching.start, o.masked_language.start, config.train.steps) == (0, 600, 600, 1000)
 
 
 def test_the_table_of_the_ablation_is_mean_and_deviation(ablation):
     by_seed = {str(seed): dict.fromkeys(ablation.METRICS.values(), value) for seed, value in enumerate((0.1, 0.2, 0.3))}
     last = ablation.table({"none": by_seed, "global": {"0": by_seed["1"]}}).splitlines()[-2:]
     assert last[0].startswith("| none | 3 | 20.0 ± 10.0 |") and last[1].startswith("| global | 1 | 20.0 |")
+
+
+def test_results_are_collected_by_arm_and_seed(ablation, tmp_path):
+    for name, found in (("global_0", {"a": 1}), ("global_0_vqa", {"b": 2}), ("global_local_1", {"a": 3})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    assert ablation.collect(tmp_path) == {"global": {"0": {"a": 1, "b": 2}}}  # the other one is not fine-tuned yet
 
 
 def test_what_is_known_without_looking_at_the_picture(tmp_path):

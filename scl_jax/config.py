@@ -31,6 +31,8 @@ def default_config() -> ConfigDict:
     config.optimizer = _optimizer()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that the others leave
     config.distributed = _distributed()
+    # where compiled programs are kept for the next run; $JAX_COMPILATION_CACHE_DIR goes first; empty: nowhere
+    config.compilation_cache = "~/.cache/scl_jax/xla"
     config.train = _train()
     config.evaluate = _evaluate()
     config.log = _log()
@@ -65,6 +67,9 @@ def _model() -> ConfigDict:
             "initial_temperature": 0.07,
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
+            # auto | xla | cudnn: fused kernels for GPUs, in bfloat16, where there is no attention dropout
+            "attention": "auto",
+            "unroll": 1,  # layers that a turn of the loop over layers holds: faster steps, longer compilation
         }
     )
 
@@ -267,6 +272,7 @@ MAY_CHANGE = (
     "init",  # only step 0 looks at it
     "mesh",
     "distributed",
+    "compilation_cache",
     "log",
     "evaluate",
     "data.dir",
@@ -278,6 +284,8 @@ MAY_CHANGE = (
     "train.best_metric",
     "train.profile_steps",
     "model.remat",
+    "model.attention",
+    "model.unroll",
 )
 
 

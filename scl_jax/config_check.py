@@ -47,6 +47,12 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
         f"model.vision.image_size {m.vision.image_size} does not divide by patch_size {m.vision.patch_size}",
     )
     yield from _unless(m.remat in ("none", "dots", "full"), f"model.remat is {m.remat!r}; choose none, dots or full")
+    yield from _unless(
+        m.attention in ("auto", "xla", "cudnn"), f"model.attention is {m.attention!r}; choose auto, xla or cudnn"
+    )
+    yield from _unless(m.unroll >= 1, f"model.unroll is {m.unroll}; 1 means a loop over single layers")
+    half = m.dtype == "bfloat16"
+    yield from _unless(half or m.attention != "cudnn", f"model.attention=cudnn needs bfloat16, not {m.dtype}")
     yield from _unless(m.dtype in ("float32", "bfloat16"), f"model.dtype is {m.dtype!r}; choose float32 or bfloat16")
     yield from _unless(
         vocab_size <= m.text.vocab_size,

@@ -43,8 +43,10 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    from scl_jax.compilation_cache import keep_compiled
     from scl_jax.session import Session
 
+    keep_compiled(_CONFIG.value.compilation_cache)
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value))
         if _MODE.value == "evaluate":

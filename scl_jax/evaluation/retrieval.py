@@ -73,7 +73,7 @@ class RetrievalEvaluation:
 
         def score(params: Params, texts, masks, items, frames: int) -> Float[Array, " B"]:
             model = parameters.merge(graph, params)
-            return pair_scores(model, head, model.fusion.joint(model.fuse(texts, masks, items, frames)))
+            return pair_scores(model, head, model.joint(texts, masks, items, frames))
 
         self._encode_items = jax.jit(on_mesh(mesh, encode_items))
         self._encode_texts = jax.jit(on_mesh(mesh, encode_texts))

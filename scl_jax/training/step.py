@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 from scl_jax.tasks.task import Outputs, Task, WholeBatch
+from scl_jax.training.optimizer import global_norm
 from scl_jax.training.state import TrainState
 from scl_jax.types import Batch, LossSum
 
@@ -140,7 +141,7 @@ def make_step(
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}
         metrics["loss/total"] = weighted_total(outputs.losses, weights)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        metrics["gradient_norm"] = global_norm(gradient)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         if "contrastive" in params:
             metrics["temperature"] = params["contrastive"]["temperature"]

@@ -65,9 +65,11 @@ class TextEncoder(nnx.Module):
         self.segment_embedding = embedding(1)  # RoBERTa has one segment
         self.norm = precision.norm(c.width, c.epsilon, rngs)
         layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout, c.attention)
-        self.layers = Stack(
-            lambda rngs: PostNormLayer(layer, False, precision, rngs), c.layers, c.remat, rngs, c.unroll
-        )
+
+        def make(rngs: nnx.Rngs) -> PostNormLayer:
+            return PostNormLayer(layer, False, precision, rngs)
+
+        self.layers = Stack(make, c.layers, c.remat, rngs, c.unroll)
         self.dropout = c.dropout
 
     def embed(self, token_ids: Int[Array, "B L"], key: Key[Array, ""] | None = None) -> Float[Array, "B L D"]:

@@ -75,7 +75,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def global_norm(tree: Any) -> jax.Array:
     """√Σx² over all leaves, each squared and summed by one product with itself: nothing but the number is stored."""
-    squares = [jnp.tensordot(x, x, x.ndim) for x in jax.tree.leaves(tree)]
+    squares = [jnp.tensordot(x, x, x.ndim, precision="highest") for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.zeros([])))
 
 

@@ -26,6 +26,12 @@ def split_batch(tree: Any) -> Any:
     return tree if mesh.empty else jax.tree.map(lambda x: _split(x, mesh), tree)
 
 
+def batch_shards() -> int:
+    """Over how many devices samples are split; 1 without a mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _size(mesh, BATCH_AXES)
+
+
 def whole(x: jax.Array) -> jax.Array:
     """`x` on every device: a table that rows are looked up in is gathered once, its rows are not sent about."""
     mesh = jax.sharding.get_abstract_mesh()

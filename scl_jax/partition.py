@@ -32,6 +32,12 @@ def batch_shards() -> int:
     return 1 if mesh.empty else _size(mesh, BATCH_AXES)
 
 
+def tensor_parallel() -> bool:
+    """Whether the mesh in force splits heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1
+
+
 def whole(x: jax.Array) -> jax.Array:
     """`x` on every device: a table that rows are looked up in is gathered once, its rows are not sent about."""
     mesh = jax.sharding.get_abstract_mesh()

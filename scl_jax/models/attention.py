@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from scl_jax.models.dropout import dropout
 from scl_jax.models.layers import Precision
+from scl_jax.partition import tensor_parallel
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -107,8 +108,13 @@ class Projection(nnx.LinearGeneral):
     ) -> tuple[Float[Array, "... H d"], ...]:
         """The parts `first` to `last` (without it), all by default."""
         kernel, bias = (p[..., first:last, :, :].astype(self.dtype) for p in (self.kernel[...], self.bias[...]))
-        y = jnp.einsum("...i,iphd->...phd", x.astype(self.dtype), kernel) + bias
-        return tuple(y[..., part, :, :] for part in range(y.shape[-3]))
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # see `Linear`
+        if tensor_parallel():  # heads lie on different devices, so their axis stays
+            y = jnp.einsum("ri,iphd->rphd", rows, kernel)
+        else:
+            y = rows @ kernel.reshape(kernel.shape[0], -1)
+        y = y.reshape(*x.shape[:-1], *bias.shape) + bias
+        return tuple(y[..., part, :, :] for part in range(bias.shape[0]))
 
 
 def merge_heads(x: Float[Array, "... H d"]) -> Float[Array, "... D"]:

@@ -27,8 +27,8 @@ class Precision:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def linear(self, d_in: int, d_out: int, init: Callable, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-        return nnx.Linear(
+    def linear(self, d_in: int, d_out: int, init: Callable, rngs: nnx.Rngs, use_bias: bool = True) -> Linear:
+        return Linear(
             d_in,
             d_out,
             use_bias=use_bias,
@@ -40,6 +40,16 @@ class Precision:
 
     def norm(self, width: int, epsilon: float, rngs: nnx.Rngs) -> LayerNorm:
         return LayerNorm(width, epsilon, self, rngs)
+
+
+class Linear(nnx.Linear):
+    """A linear map of rows: leading axes are joined before the product.
+
+    XLA on a CPU transposes whole activations for the gradient of a kernel where these have several axes.
+    """
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... M"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
 
 
 class LayerNorm(nnx.LayerNorm):

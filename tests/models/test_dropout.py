@@ -1,4 +1,4 @@
-"""Random bits of dropout: the published generator, the right share, one mask whatever the devices."""
+"""Random bits of dropout: evenly mixed, the right share, one mask whatever the devices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scl_jax.models.dropout import bernoulli, dropout, threefry_2x32
+from scl_jax.models.dropout import bernoulli, dropout, mix
 
 
-@pytest.mark.parametrize(
-    ("key", "counter", "expected"),
-    [
-        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
-        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
-        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
-    ],
-)
-def test_the_generator_gives_the_known_answers_of_random123(key, counter, expected):
-    words = threefry_2x32(tuple(jnp.uint32(x) for x in key), *(jnp.uint32(x) for x in counter))
-    assert tuple(int(word) for word in words) == expected
+def test_a_changed_bit_changes_every_bit_half_the_time():
+    x = jax.random.bits(jax.random.key(0), (4000,), jnp.uint32)
+    for flipped in range(32):
+        changed = np.asarray(mix(x) ^ mix(x ^ jnp.uint32(1 << flipped)))
+        shares = [(changed >> bit & 1).mean() for bit in range(32)]
+        assert min(shares) > 0.45 and max(shares) < 0.55
 
 
 @pytest.mark.parametrize("probability", [0.9, 0.5])
@@ -40,6 +35,9 @@ def test_keys_differ_and_repeat():
     one, again, two = (np.asarray(draw(jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert 0.45 < (one == two).mean() < 0.55
+    for shift in range(1, 64):  # no row is another row moved on, of this key or of the other
+        for other in (one, two):
+            assert np.abs((one == np.roll(other, shift, axis=0)).mean(axis=1) - 0.5).max() < 0.35
 
 
 def test_a_mask_does_not_depend_on_the_devices():

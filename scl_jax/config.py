@@ -31,6 +31,8 @@ def default_config() -> ConfigDict:
     config.optimizer = _optimizer()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that the others leave
     config.distributed = _distributed()
+    # where compiled programs are kept for the next run; $JAX_COMPILATION_CACHE_DIR goes first; empty: nowhere
+    config.compilation_cache = "~/.cache/scl_jax/xla"
     config.train = _train()
     config.evaluate = _evaluate()
     config.log = _log()
@@ -66,6 +68,9 @@ def _model() -> ConfigDict:
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
+            # auto | xla | cudnn: fused kernels for GPUs, in bfloat16, where there is no attention dropout
+            "attention": "auto",
+            "unroll": 1,  # layers that a turn of the loop over layers holds: faster steps, longer compilation
         }
     )
 
@@ -271,6 +276,7 @@ MAY_CHANGE = (
     "init",  # only step 0 looks at it
     "mesh",
     "distributed",
+    "compilation_cache",
     "log",
     "evaluate",
     "data.dir",
@@ -286,6 +292,8 @@ MAY_CHANGE = (
     "train.profile_steps",
     "model.remat",
     "model.initializer_range",  # only step 0 looks at it
+    "model.attention",
+    "model.unroll",
 )
 
 

@@ -43,9 +43,11 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    from scl_jax.compilation_cache import keep_compiled
     from scl_jax.session import Session
     from scl_jax.training.checkpoint import no_space
 
+    keep_compiled(_CONFIG.value.compilation_cache)
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
         if _MODE.value == "evaluate":

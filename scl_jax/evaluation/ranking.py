@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,7 @@ from scl_jax.evaluation.metrics import places
 KS = (1, 5, 10)
 NORM_EPSILON = 1e-8
 
-PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
+PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[Array | np.ndarray, " N"]]
 """(text ids, item ids) → the matching head's log-odds that they are a pair: logit "pair" minus logit "no pair"."""
 
 Progress = Callable[[int, int], None]
@@ -158,15 +158,28 @@ def score_in_batches(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0)."""
+    """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0).
+
+    Scores that are still being computed are read two batches later, so that the device never waits for the host.
+    """
     scores = np.empty(len(text_ids))
+    waiting: deque[tuple[int, int, Any]] = deque()
+
+    def read() -> None:
+        start, stop, batch = waiting.popleft()
+        scores[start:stop] = np.asarray(batch)[: stop - start]
+        if progress is not None:
+            progress(stop, len(text_ids))
+
     for start in range(0, len(text_ids), batch_size):
         stop = min(start + batch_size, len(text_ids))
         padding = (0, batch_size - (stop - start))
         batch = score_pairs(np.pad(text_ids[start:stop], padding), np.pad(item_ids[start:stop], padding))
-        scores[start:stop] = np.asarray(batch)[: stop - start]
-        if progress is not None:
-            progress(stop, len(text_ids))
+        waiting.append((start, stop, batch))
+        if len(waiting) > 2:
+            read()
+    while waiting:
+        read()
     return scores
 
 

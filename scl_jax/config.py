@@ -211,7 +211,7 @@ def _evaluate() -> ConfigDict:
             "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
             "equal_captions": False,  # a caption finds every item with the same caption; published recalls: its own
-            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the best on `split` counts
+            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the clearly best on `split`
             "rerank": 128,  # candidates of a query re-scored with the fusion encoder; 0: contrastive only
             "all_pairs": False,  # re-score every pair, as the reference does
             "best": False,  # at the end: the best checkpoint by train.best_metric, not the last

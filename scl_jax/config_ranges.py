@@ -94,6 +94,7 @@ NAMES = Values(TEXT, None, "it must be names of data sets, such as ('toy_world/i
 # a pattern of dotted names → what they may be; the first that matches counts
 RULES: tuple[tuple[str, Any], ...] = (
     (r"task|init\.\w+|data\.(dir|tokenizer)|evaluate\.(final_)?split|train\.best_metric|log\.wandb_project", TEXT),
+    (r"compilation_cache", TEXT),
     (r"debug|reference_behaviour\.\w+|evaluate\.(equal_captions|all_pairs|best)|log\.(tensorboard|console)", SWITCH),
     (r"seed", NOT_NEGATIVE),
     (r"model\.remat", Choice(("none", "dots", "full"))),

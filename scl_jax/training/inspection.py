@@ -6,7 +6,6 @@ Used by `scl_jax.replay`, and by a run that ends because only its gradient was n
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -119,12 +118,23 @@ class Inspection:
         return finding if finding.finite else dataclasses.replace(finding, first=self._first(compute, params, batch))
 
     def _first(self, compute: Any, params: Params, batch: Batch) -> str:
-        """Which operation of forward or backward pass gives the first NaN, and its line of this package."""
+        """Which operation of forward or backward pass gives the first NaN, and its line."""
         checked = checkify.checkify(on_mesh(self._mesh, compute), errors=checkify.nan_checks)
         error, _ = jax.jit(checked)(params, batch)
-        said = error.get() or "no operation gives NaN: the numbers overflow to infinity"
-        lines = re.findall(rf"{re.escape(str(PACKAGE))}/([^\s:]+:\d+)", said)
-        return " ".join([*said.splitlines()[0].split(), *(f"({line})" for line in lines[:1])])
+        if error.get() is None:
+            return "infinity: numbers overflow, no operation gives NaN"
+        found: Any = error.get_exception()
+        return f"NaN from {found.prim}{_place_of(found.traceback_info.frames)}"
+
+
+def _place_of(frames: Any) -> str:
+    """The innermost line of a traceback that is ours, not a library's."""
+    for frame in frames:
+        path = Path(frame.file_name)
+        if path.is_relative_to(PACKAGE) or not {"site-packages", "dist-packages"} & set(path.parts):
+            name = path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE.parent) else path
+            return f" at {name}:{frame.line_num}, in {frame.function_name.split('.')[-1]}"
+    return ""
 
 
 def described(findings: list[Finding]) -> list[str]:

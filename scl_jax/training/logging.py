@@ -158,7 +158,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Prints one line above the live display, such as "resumed from step 400"."""
         if self._display is not None:
-            self._display.console.print(message, markup=False, highlight=False)
+            self._display.console.print(message, soft_wrap=True, markup=False, highlight=False)
 
     def results(self, results: Metrics) -> None:
         """Writes results.json, ends the live display, and prints a table: the outcome, so also with the console off."""

@@ -27,8 +27,9 @@ from PIL import Image
 from scl_jax.data.rand_augment import Operation, draw_operations
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB as RGB; a larger file is taken for a decompression bomb
-# formats that Pillow decodes by itself; EPS is left out because it would start Ghostscript on a stranger's file
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+# formats that Pillow decodes by itself; EPS is left out because it would start Ghostscript on a stranger's file, ICO
+# because it is decoded when it is opened, before its size can be looked at
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
 _JPEG = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as phones write them; the first counts
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker")
 _MOST_STRAY_BYTES = 16  # some cameras and programs pad; more come from a decoder that lost its way in damaged data

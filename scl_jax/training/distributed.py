@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -235,6 +236,9 @@ def meet(name: str, timeout: int) -> None:
         multihost.sync_global_processes(name, timeout=timeout, processes=everyone)
 
 
+_TEXTS = itertools.count()
+
+
 def share(text: str, timeout: int) -> list[str]:
     """The texts that all processes give, in their order; waits for the others, `timeout` seconds at most.
 
@@ -243,7 +247,7 @@ def share(text: str, timeout: int) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    meet("a text is there", timeout)
+    meet(f"text {next(_TEXTS)} is there", timeout)
     mine = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(mine))).tolist()
     rows = multihost_utils.process_allgather(np.pad(mine, (0, max(sizes) - len(mine))))

@@ -150,6 +150,12 @@ def test_postscript_is_never_interpreted():
         images.decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
 
 
+def test_icons_are_not_decoded():
+    """Opening one decodes the file within, whatever its size."""
+    with pytest.raises(ValueError, match="no image format known"):
+        images.decode_image(encode(Image.new("RGB", (16, 16)), "ICO", sizes=[(16, 16)]))
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9_600, 60_000])
 def test_a_decompression_bomb_is_refused_by_its_header(side):

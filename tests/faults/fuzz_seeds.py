@@ -40,7 +40,7 @@ def pictures() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     rgb = coarse.resize((48, 36), Image.Resampling.BICUBIC)
-    rgba, grey, small = rgb.convert("RGBA"), rgb.convert("L"), rgb.resize((16, 16))
+    rgba, grey = rgb.convert("RGBA"), rgb.convert("L")
     sixteen = Image.fromarray(rng.integers(0, 65536, (24, 24), dtype=np.uint16))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -71,7 +71,6 @@ def pictures() -> dict[str, bytes]:
         ("avif", rgb, "AVIF", {}),
         ("jpeg2000", rgb, "JPEG2000", {}),
         ("tga", rgb, "TGA", {"compression": "tga_rle"}),
-        ("ico", small, "ICO", {"sizes": [(16, 16)]}),
     ]
     made = {}
     for name, image, form, options in kinds:

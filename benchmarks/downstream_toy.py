@@ -58,7 +58,11 @@ def finetune(name: str, options: Namespace, checkpoint: str) -> dict[str, float]
             *options.overrides,
         ]
         print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        if (
+            subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+            or not results.exists()
+        ):
+            sys.exit(f"error: {workdir} did not finish; the same command goes on from its last checkpoint")
     return json.loads(results.read_text())
 
 

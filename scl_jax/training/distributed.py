@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from scl_jax.types import Batch
@@ -231,6 +233,21 @@ def meet(name: str, timeout: int) -> None:
     if jax.process_count() > 1:
         everyone = set(range(jax.process_count()))  # named, or Orbax takes a collective of the devices
         multihost.sync_global_processes(name, timeout=timeout, processes=everyone)
+
+
+def share(text: str, timeout: int) -> list[str]:
+    """The texts that all processes give, in their order; waits for the others, `timeout` seconds at most.
+
+    Raises:
+        jax.errors.JaxRuntimeError: one did not come.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    meet("a text is there", timeout)
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine))).tolist()
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, max(sizes) - len(mine))))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 class CompiledTogether:

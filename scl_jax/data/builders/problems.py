@@ -63,10 +63,10 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> I
             yield waiting.popleft().result()
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, disable: bool = False) -> Progress:
     """A bar on the error stream, which also shows the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=disable)
 
 
 def write_list(problems: Sequence[Problem], file: Path) -> None:

@@ -43,7 +43,11 @@ def run(workdir: Path, config: str, **options: object) -> dict[str, float]:
         command = [sys.executable, "-m", "scl_jax.main", f"--config={config}", f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in options.items()]
         print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        if (
+            subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+            or not results.exists()
+        ):
+            sys.exit(f"error: {workdir} did not finish; the same command goes on from its last checkpoint")
     return json.loads(results.read_text())
 
 

@@ -58,7 +58,11 @@ def finetune(name: str, options: Namespace, checkpoint: str) -> dict[str, float]
             *options.overrides,
         ]
         print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        if (
+            subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+            or not results.exists()
+        ):
+            sys.exit(f"error: {workdir} did not finish; the same command goes on from its last checkpoint")
     return json.loads(results.read_text())
 
 
@@ -125,7 +129,8 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for name in options.tasks:
-        found = [finetune(name, options, checkpoint) for checkpoint in ("", str(options.checkpoint))]
+        pretrained = finetune(name, options, str(options.checkpoint))
+        found = [finetune(name, options, ""), pretrained]
         lines += [row(name, metric, baselines(name, options.data), found) for metric in TASKS[name].metrics]
     print("\n".join(lines))
 

@@ -94,7 +94,7 @@ def test_bad_records_are_left_out_as_if_they_had_never_been_written(prepared, br
 
 
 def test_too_many_bad_records_are_an_error_before_training(broken, tmp_path):
-    message = r"(?s)5 of 48 .*cannot be used, more than data.max_skipped_share 0.1:\n  record 3 \(id .*and 2 more"
+    message = r"(?s)5 of 48 .*cannot be used, more than data.max_skipped_share 0.1:\n  record 3 \(id .*and 4 more"
     with pytest.raises(ConfigError, match=message):
         Session(toy_run.config(broken, **OPTIONS | {"data.max_skipped_share": 0.1}), tmp_path / "run").train()
     assert not (tmp_path / "run/checkpoints").exists() or not any((tmp_path / "run/checkpoints").iterdir())

@@ -70,8 +70,9 @@ def parse(arguments: list[str]) -> list[str]:
         # an override; a mistake within the config file keeps its traceback
         if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):
             raise
-        said = " ".join(str(error.args[0] if error.args else error).split()).replace("\\n", " ").replace("\\'", "'")
-        sys.exit(f"error: an option that the config does not have: {said.strip("'")} (scl_jax/config.py lists all)")
+        said = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        said = said.replace("\\'", "'").strip("'")
+        sys.exit(f"error: an option that the config does not have: {said} (scl_jax/config.py lists all)")
 
 
 if __name__ == "__main__":

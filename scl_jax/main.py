@@ -45,16 +45,21 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    from scl_jax.compilation_cache import keep_compiled
     from scl_jax.session import Session
+    from scl_jax.training.checkpoint import no_space
 
+    keep_compiled(_CONFIG.value.compilation_cache)
     try:
-        session = Session(_CONFIG.value, str(_WORKDIR.value))
+        session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
         if _MODE.value == "evaluate":
             session.evaluate()
         else:
             session.train()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        full = "" if isinstance(error, ValueError) else no_space(error)
+        then = f" ({full}: make room; the same command continues from the newest checkpoint)" if full else ""
+        sys.exit(f"error: {error}{then}")
 
 
 def parse(arguments: list[str]) -> list[str]:

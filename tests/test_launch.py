@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -102,12 +103,29 @@ def test_a_job_set_is_filled_in():
     done = run("kubernetes.sh", *KUBERNETES, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("kubectl apply -f - <<'JOBSET'\n") and done.stdout.endswith("\nJOBSET\n")
-    assert 'args: ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]' in (
-        done.stdout
+    job_set = yaml.safe_load(done.stdout.split("\n", 1)[1].removesuffix("JOBSET\n"))
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job_set["metadata"]["name"] == "scl"
+    (job,) = job_set["spec"]["replicatedJobs"]
+    hosts = job["template"]["spec"]
+    assert (job["replicas"], hosts["parallelism"], hosts["completions"], hosts["completionMode"]) == (
+        1,
+        64,
+        64,
+        "Indexed",
     )
-    for line in ("parallelism: 64", 'gke-tpu-topology: "16x16"', "image: registry/scl_jax:1", "google.com/tpu: 4"):
-        assert line in done.stdout
-    assert "${" not in done.stdout.replace("fills in ${…}", "")
+    pod = hosts["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
+    (container,) = pod["containers"]
+    assert container["image"] == "registry/scl_jax:1" and container["resources"]["limits"] == {"google.com/tpu": 4}
+    words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    assert container["command"] == ["python", "-m", "scl_jax.main"] and container["args"] == words
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/shared"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "share"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,4 +99,6 @@ def to_flax(
         with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
             write_parameters(folder, flat)
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            if path.is_dir() and (path / "classes.json").exists():  # the answers of a head
+                shutil.copy(path / "classes.json", folder)
     return summary

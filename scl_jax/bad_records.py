@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,10 @@ class BadRecords:
         what = f"{name}, split {split}: {len(bad):,} of {total:,} records ({len(bad) / max(total, 1):.2%})"
         ceiling = self._config.data.max_skipped_share
         if len(bad) > ceiling * total:
-            kinds = Counter(record.reason for record in bad)
-            shown = "".join(f"\n  record {r.index} (id {r.id!r}): {r.reason}" for r in bad[:_SHOWN])
-            more = f"\n  and {len(bad) - _SHOWN:,} more, {len(kinds):,} reasons in all" if len(bad) > _SHOWN else ""
+            reasons = {record.reason: record for record in reversed(bad)}  # the first record of each
+            first = sorted(reasons.values())[:_SHOWN]
+            shown = "".join(f"\n  record {r.index} (id {r.id!r}): {r.reason}" for r in first)
+            more = f"\n  and {len(bad) - len(first):,} more" if len(bad) > len(first) else ""
             raise ConfigError(
                 f"{what} cannot be used, more than data.max_skipped_share {ceiling}:{shown}{more}\n"
                 "Prepare the data set again, or raise data.max_skipped_share if so much may be missing."

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -60,5 +62,23 @@ def _run() -> None:
         sys.exit(f"error: {error}{then}")
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser of flags; a config file or an option of it that there is not ends the program with one line."""
+    for argument in arguments[1:]:
+        name, _, value = argument.partition("=")
+        file = value.partition(":")[0]
+        if name.lstrip("-") == "config" and file and not Path(file).exists():
+            sys.exit(f"error: there is no config file {file}")
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:
+        # an override; a mistake within the config file keeps its traceback
+        if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        said = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        said = said.replace("\\'", "'").strip("'")
+        sys.exit(f"error: an option that the config does not have: {said} (scl_jax/config.py lists all)")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,6 +164,19 @@ def test_an_unknown_key_is_an_error(parse, override, name):
 def test_a_value_of_the_wrong_type_is_an_error(parse, override):
     with pytest.raises((TypeError, ValueError, flags.IllegalFlagValueError)):
         parse(override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=nowhere.py"], "error: there is no config file nowhere.py"),
+        ([f"--config={QUICKSTART}", "--config.trane.steps=7"], 'error: .* not have: trane.* Did you mean "train"'),
+    ],
+)
+def test_the_command_answers_a_mistaken_flag_with_one_line(arguments, message):
+    command = [sys.executable, "-m", "scl_jax.main", "--workdir=nowhere", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and re.fullmatch(message + ".*\n", done.stderr), done.stderr
 
 
 def test_unknown_keys_in_a_config_file_are_errors():

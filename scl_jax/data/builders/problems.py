@@ -29,6 +29,9 @@ class BrokenRecordsError(ValueError):
 
     def __init__(self, problems: Sequence[Problem], usable: int, emptied: Sequence[str] = ()) -> None:
         what_to_do = "repair them, or leave them out with --skip_broken" if usable else "none is left to prepare"
+        reasons = {problem.reason for problem in problems}
+        if not usable and len(reasons) == 1:
+            what_to_do += f", all for one reason: {reasons.pop()}"
         if emptied:
             what_to_do = f"nothing is left of split {', '.join(emptied)}: repair them, or prepare others with --splits"
         super().__init__(f"{len(problems):,} of {len(problems) + usable:,} records cannot be used; {what_to_do}")

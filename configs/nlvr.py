@@ -18,8 +18,8 @@ def get_config():
     data.tokenizer = "data/nlvr_tokenizer"
     data.images.update(datasets=("own_data/nlvr",), batch_size=64, image_size=112)
 
-    begin_later(config, fusion=600, completion=850, ramp=50)
-    config.optimizer.learning_rate = 1e-3
-    config.train.update(steps=1000, checkpoint_every=250)
+    begin_later(config, fusion=400, completion=700, ramp=50)
+    config.optimizer.update(learning_rate=1e-3, decay="cosine")
+    config.train.update(steps=800, checkpoint_every=200)
     config.evaluate.equal_captions = True  # six pictures share a statement
     return config

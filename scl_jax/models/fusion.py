@@ -140,11 +140,12 @@ class FusionEncoder(nnx.Module):
         """
 
         def apply(layer: CoAttentionLayer, xy, key, wanted: Wanted | None = None):
-            return layer(*xy, text_mask, key, wanted)
+            x, y = xy
+            return layer(x, y, text_mask, key, wanted)
 
-        xy = self.add_types(text, image, image_type)
         last = None if wanted is None else partial(apply, wanted=wanted)
-        return Fused(*self.layers(xy, apply, key, last=last), frames)
+        x, y = self.layers(self.add_types(text, image, image_type), apply, key, last=last)
+        return Fused(x, y, frames)
 
     def cross_attention_maps(
         self,

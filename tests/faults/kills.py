@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of one training run: `python -m tests.faults.kills [--kills=50] [--steps=400] [--seed=0]`.
+"""SIGKILL at random moments of one training run: `python -m tests.faults.kills [--kills=50] [--steps=1000] [--seed=0]`.
 
 The run saves every few steps. It is killed while it starts, restores, steps and saves, and started again each time; its
 last checkpoint and its files are compared with those of a run that nobody disturbed. Exit status 0: equal to the bit.
@@ -26,7 +26,7 @@ from tests.faults import runs
 PHASES = ("starting", "restoring", "stepping", "saving")
 # of every ten kills: what they wait for
 AIMS = ("saving",) * 4 + ("stepping",) * 3 + ("restoring",) * 2 + ("starting",)
-DELAYS = {"starting": 1.0, "restoring": 0.08, "stepping": 0.3, "saving": 0.12}  # seconds after that, at most
+DELAYS = {"starting": 1.0, "restoring": 0.08, "stepping": 0.15, "saving": 0.1}  # seconds after that, at most
 
 
 class Life:
@@ -93,7 +93,8 @@ def _live(arguments: list[str], marks: Path, log: Path) -> None:
     marked(Guard, "add", "step", "")
     status = 1
     try:
-        app.run(main.main, ["main", *arguments])
+        sys.argv = ["main", *arguments]  # where config_flags looks for overrides
+        app.run(main.main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         if status:
@@ -170,7 +171,7 @@ def main() -> None:
     """Runs the harness."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=400, help="of the run; it must not end before the last kill")
+    parser.add_argument("--steps", type=int, default=1000, help="of the run; it must not end before the last kill")
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default: a temporary one")

@@ -24,7 +24,9 @@ FIRST = 1000  # step of the first measurement
 TINY = {
     "data.videos.share": 0.0,
     "data.images.batch_size": 4,
-    "data.images.image_size": 48,
+    "data.images.image_size": 32,  # four patches, of which two are dropped and one is replaced
+    "objectives.global_vision.drop_ratio": 0.5,
+    "data.text_length": 10,
     "objectives.group_size": 4,
     "evaluate.batch_size": 16,
     "evaluate.max_items": 8,
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     options = parser.parse_args()
-    os.environ.update(runs.environment())
+    os.environ.update(runs.environment(XLA_FLAGS=os.environ.get("XLA_FLAGS", "")))  # few compilations, many steps
     flags.FLAGS.mark_as_parsed()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

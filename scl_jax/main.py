@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> list[str]:
         if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):
             raise
         said = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        said = said.replace("\\'", "'").strip("'")
+        said = said.replace("\\'", "").replace("'", "").replace(" Did", "; did")
         sys.exit(f"error: an option that the config does not have: {said} (scl_jax/config.py lists all)")
 
 

@@ -146,7 +146,7 @@ def test_two_processes_leave_out_the_same_records_as_one(broken, tmp_path):
     assert (together / "skipped.jsonl").read_text() == (alone / "skipped.jsonl").read_text()
     assert (alone / "skipped.jsonl").read_text().count("\n") == len(BAD)
     losses = [
-        [json.loads(line)["loss/total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line)["loss/images/total"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (together, alone)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4

@@ -133,7 +133,7 @@ def _encoded_jpeg(image: Image.Image) -> bytes | None:
         return None
     data = file.getvalue()
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    return data if (width, height) == image.size else None
+    return data if (int(width), int(height)) == image.size else None
 
 
 def _jpeg_scale(size: tuple[int, int], at_least: Iterable[float] | None) -> int:
@@ -147,7 +147,7 @@ def _jpeg_scale(size: tuple[int, int], at_least: Iterable[float] | None) -> int:
 def _decode_jpeg(data: bytes, scale: int, colours: str) -> UInt8[np.ndarray, "H W _"]:
     """libjpeg-turbo at 1/scale: the same bytes as Pillow's, which keeps silent where data are damaged or missing."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    shape = {"min_width": -(-width // scale), "min_height": -(-height // scale), "min_factor": scale}
+    shape = {"min_width": -(-int(width) // scale), "min_height": -(-int(height) // scale), "min_factor": scale}
     try:
         return simplejpeg.decode_jpeg(data, colours, **shape)
     except ValueError as error:

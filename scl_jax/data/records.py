@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 
@@ -82,10 +82,10 @@ class Records:
         return counts
 
 
-def _open(name: str, split: str, data_dir: str, left_out: Sequence[int]) -> tuple[builders.Source, range | np.ndarray]:
+def _open(name: str, split: str, data_dir: str, left_out: Sequence[int]) -> tuple[builders.Source, Sequence[int]]:
     """A split and the numbers of the records that take part."""
     if not left_out:
         source = builders.open_source(name, split, data_dir)
         return source, range(len(source))
     source = builders.open_source(name, split, data_dir, whole=False)
-    return source, np.setdiff1d(np.arange(len(source)), np.asarray(left_out))
+    return source, cast(Sequence[int], np.setdiff1d(np.arange(len(source)), np.asarray(left_out)))

@@ -13,9 +13,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,9 +25,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint._src.futures import future, signaling_client
 
 from scl_jax.training.distributed import meet
 from scl_jax.training.state import TrainState
+
+# Orbax counts its deadlines on the wall clock, so that a clock that is set forward would end a save: not on ours
+for module in (future, signaling_client):
+    module.time = SimpleNamespace(**(vars(time) | {"time": time.monotonic}))  # type: ignore[attr-defined]
 
 # Orbax warns at every save between two evaluations
 logging.getLogger("absl").addFilter(lambda record: "did not provide metrics" not in record.getMessage())
@@ -172,7 +179,8 @@ class Checkpoints:
     def _try(self, abstract: TrainState, step: int) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """(state and progress) of a step, or (None, why not); all processes agree."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-        restored, reason = None, ""
+        restored: Any = None
+        reason = ""
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises plain ones, too; said, and an error where nothing else can be read

@@ -99,7 +99,8 @@ class Inspection:
         masks = self._task.draw_masks(batch, masks_key)
         weights = self._task.weights(jnp.asarray(number))
         key = dropout_key if self._dropout else None
-        arguments: Any = (Only(self._task, objective), self._graph, params, batch, masks, active, weights, key)
+        task: Any = Only(self._task, objective)
+        arguments = (task, self._graph, params, batch, masks, active, weights, key)
         if self._accumulate == 1:
             gradient, outputs = whole_batch_gradient(*arguments)
         else:

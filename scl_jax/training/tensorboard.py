@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 FLUSH = 60  # seconds
 
@@ -17,14 +18,16 @@ class EventFile:
 
     def __init__(self, folder: Path, after: int | None = None):
         from tensorboardX.event_file_writer import EventsWriter  # only where wanted: it takes a second to import
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
+        messages: Any = event_pb2  # made when it is imported, so that no type is known before
         folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._scalar = Event, scalar
+        self._event, self._scalar = messages.Event, scalar
         self._writer = EventsWriter(str(folder / "events"))
         if after is not None:
-            self._writer.write_event(Event(step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+            begin = messages.SessionLog(status=messages.SessionLog.START)
+            self._writer.write_event(messages.Event(step=after + 1, session_log=begin))
         self._writer.flush()
         self._flushed = time.monotonic()
 

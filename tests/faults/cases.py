@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from tests import toy_run
 from tests.faults import runs
 
+USUAL = r"\s*(retrieval/|matching/|masked_language/|speed/|results|images:|step +\d+/|WARNING:|$)"  # said in any run
 STEPS = {"train.steps": 12, "train.checkpoint_every": 3, "train.keep_latest": 4, "log.every": 1}
 
 
@@ -177,7 +179,7 @@ def main() -> None:
             case = getattr(cases, name)
             print(f"══ {name}: {case.__doc__}", flush=True)
             try:
-                print(f"   {case().strip()[-1500:]}".replace("\n", "\n   "), flush=True)
+                print("\n".join(f"   {line}" for line in case().splitlines() if not re.match(USUAL, line)), flush=True)
             except NotTriedError as reason:
                 print(f"   NOT TRIED: {reason}")
             except AssertionError as error:

@@ -184,7 +184,11 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
-        data = toy_run.prepare(folder / "data")
+        data = folder / "data"
+        if os.fork() == 0:  # the library of shards keeps threads, which do not live on in a fork
+            toy_run.prepare(data)
+            os._exit(0)
+        os.wait()
         schedule = {"train.steps": options.steps, "train.checkpoint_every": options.every, "log.every": 1}
         whole, killed = folder / "undisturbed", folder / "disturbed"
         life = Life(runs.flags(data, whole, **schedule), folder / "marks", folder / "undisturbed.log")

@@ -89,6 +89,7 @@ class Source:
         self._text_counts = metadata.get("texts", {}).get(split)
         self._records = builder.as_data_source(split)
         self._texts = [key for key, feature in features.items() if _is_text(feature)]
+        self._bytes = [key for key, feature in features.items() if _is_bytes(feature)]
         self._text_lists = [
             key
             for key, feature in features.items()
@@ -104,6 +105,9 @@ class Source:
             raise IndexError(f"record {index} of {len(self)}")
         try:
             record = dict(self._records[index])
+            for key, value in record.items():  # TFDS reads what is not there as None, or as an empty array
+                if value is None or (key in self._bytes and not isinstance(value, bytes)):
+                    raise ValueError(f"it has no {key}")
             for key in self._texts:
                 record[key] = record[key].decode()
             for key in self._text_lists:
@@ -229,6 +233,10 @@ def prepare(name: str, data_dir: str | Path, *, overwrite: bool = False, **optio
 
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, tfds.features.Text)
+
+
+def _is_bytes(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
 
 
 def _parse(name: str) -> tuple[str, str]:

@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
-from configs.common import paper
+from configs.common import paper, toy_world
 
 
 def finetuning(task: str, metric: str, *, epochs: int, learning_rate: float, head: float, fusion: float) -> ConfigDict:
@@ -44,7 +43,7 @@ def is_toy(variant: str) -> bool:
 
 def toy(task: str, metric: str, dataset: str) -> ConfigDict:
     """The task on the toy world, from the quickstart's checkpoint and with its network, in CPU minutes."""
-    config = quickstart.get_config()
+    config = toy_world()
     config.task = task
     config.init.checkpoint = "runs/quickstart"
     clips = dataset == "toy_world/videos"

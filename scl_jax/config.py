@@ -63,6 +63,7 @@ def _model() -> ConfigDict:
             "dropout": 0.1,  # of the text and fusion layers; the vision encoder has none
             "attention_dropout": 0.1,  # of their attention weights
             "initial_temperature": 0.07,
+            "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
         }
@@ -280,6 +281,7 @@ MAY_CHANGE = (
     "train.max_nonfinite_in_row",
     "train.profile_steps",
     "model.remat",
+    "model.initializer_range",  # only step 0 looks at it
 )
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import active_streams
+from scl_jax.config import active_streams, default_config
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.rules import ConversionError
@@ -29,7 +29,6 @@ from scl_jax.convert.to_flax import config_of, read_torch
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.models import parameters
 from scl_jax.models.heads import Classifier
-from scl_jax.models.layers import BERT_INIT
 from scl_jax.models.scl import SCL, SCLConfig
 
 PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
@@ -124,7 +123,7 @@ def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> Calla
                 classes = shapes[f"{name}.out.bias"][0]
                 setattr(model, name, Classifier(width, joint, classes, precision, rngs))
         if _has("rank", shapes) and not hasattr(model, "rank"):
-            setattr(model, "rank", precision.linear(joint, 1, BERT_INIT, rngs))  # noqa: B010
+            setattr(model, "rank", precision.linear(joint, 1, precision.bert_init, rngs))  # noqa: B010
         return model
 
     return make
@@ -140,8 +139,10 @@ def _has_torch_weights(path: Path) -> bool:
 
 def _run_config(path: Path) -> ConfigDict:
     file = path / "config.json"
+    config = default_config().unlock()
     try:
-        return ConfigDict(json.loads(file.read_text()))
+        config.update(json.loads(file.read_text()))  # options younger than the run keep their default
+        return config
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
     except ValueError as error:

@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from scl_jax.models.layers import (
-    BERT_INIT,
     PostNormConfig,
     PostNormLayer,
     Precision,
@@ -88,12 +87,12 @@ class FusionEncoder(nnx.Module):
 
     def __init__(self, config: FusionConfig, text_width: int, image_width: int, precision: Precision, rngs: nnx.Rngs):
         c = config
-        self.text_transform = precision.linear(text_width, c.width, BERT_INIT, rngs)
-        self.image_transform = precision.linear(image_width, c.width, BERT_INIT, rngs)
-        self.token_type = nnx.Param(BERT_INIT(rngs.params(), (c.token_types, c.width), precision.param_dtype))
+        self.text_transform = precision.linear(text_width, c.width, precision.bert_init, rngs)
+        self.image_transform = precision.linear(image_width, c.width, precision.bert_init, rngs)
+        self.token_type = nnx.Param(precision.bert_init(rngs.params(), (c.token_types, c.width), precision.param_dtype))
         self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs)
-        self.text_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
-        self.image_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
+        self.text_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
+        self.image_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
 
     def add_types(
         self, text: Float[Array, "B L D"], image: Float[Array, "B N D"], image_type: int = IMAGE_TYPE

@@ -17,15 +17,19 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from scl_jax.partition import split_batch
 
-BERT_INIT = nnx.initializers.normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Types of one model: `dtype` of activations, `param_dtype` of weights."""
+    """Types of one model: `dtype` of activations, `param_dtype` of weights; `initializer_range` as in BERT."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    initializer_range: float = 0.02
+
+    @property
+    def bert_init(self) -> Callable:
+        """Initial weights of text, fusion and heads."""
+        return nnx.initializers.normal(self.initializer_range)
 
     def linear(self, d_in: int, d_out: int, init: Callable, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
         return nnx.Linear(
@@ -146,11 +150,11 @@ class FeedForward(nnx.Module):
         activation: Callable,
         precision: Precision,
         rngs: nnx.Rngs,
-        up_init: Callable = BERT_INIT,
-        down_init: Callable = BERT_INIT,
+        up_init: Callable | None = None,
+        down_init: Callable | None = None,
     ):
-        self.up = precision.linear(width, hidden, up_init, rngs)
-        self.down = precision.linear(hidden, width, down_init, rngs)
+        self.up = precision.linear(width, hidden, up_init or precision.bert_init, rngs)
+        self.down = precision.linear(hidden, width, down_init or precision.bert_init, rngs)
         self.activation = activation
 
     @jax.named_scope("mlp")
@@ -187,11 +191,11 @@ class PostNormAttention(nnx.Module):
     def __init__(self, config: PostNormConfig, cross: bool, precision: Precision, rngs: nnx.Rngs):
         c = config
         if cross:
-            self.query = Projection(c.width, 1, c.heads, BERT_INIT, precision, rngs)
-            self.key_value = Projection(c.width, 2, c.heads, BERT_INIT, precision, rngs)
+            self.query = Projection(c.width, 1, c.heads, precision.bert_init, precision, rngs)
+            self.key_value = Projection(c.width, 2, c.heads, precision.bert_init, precision, rngs)
         else:
-            self.qkv = Projection(c.width, 3, c.heads, BERT_INIT, precision, rngs)
-        self.out = precision.linear(c.width, c.width, BERT_INIT, rngs)
+            self.qkv = Projection(c.width, 3, c.heads, precision.bert_init, precision, rngs)
+        self.out = precision.linear(c.width, c.width, precision.bert_init, rngs)
         self.residual = Residual(c.width, c.epsilon, c.dropout, precision, rngs)
         self.cross = cross
         self.attention_dropout = c.attention_dropout

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.layers import BERT_INIT, PostNormConfig, PostNormLayer, Precision, Stack, dropout, split_key
+from scl_jax.models.layers import PostNormConfig, PostNormLayer, Precision, Stack, dropout, split_key
 from scl_jax.partition import split_batch, whole
 
 PAD_ID = 1  # RoBERTa's; padding takes position 1, the first token position 2
@@ -51,7 +51,7 @@ class TextEncoder(nnx.Module):
                 c.width,
                 dtype=precision.dtype,
                 param_dtype=precision.param_dtype,
-                embedding_init=BERT_INIT,
+                embedding_init=precision.bert_init,
                 rngs=rngs,
             )
 

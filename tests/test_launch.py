@@ -1,5 +1,6 @@
 """The launch scripts check their arguments and print, with --dry_run, exactly what they would run."""
 
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -145,3 +146,20 @@ def test_a_job_set_is_filled_in():
 def test_wrong_arguments_are_named(script, arguments, message):
     done = run(script, *arguments, "--dry_run")
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_the_audit_says_what_it_knows_and_what_it_does_not():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "launch" / "audit.py")
+    audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(audit)
+    unknown = {"name": "jax", "skip_reason": "not found"}
+    assert (
+        audit.told([unknown])
+        == "0 of 1 pinned packages are known to the vulnerability service: not audited (no access to it?)"
+    )
+    found = {"name": "pillow", "version": "9.0.0", "vulns": [{"id": "CVE-1", "fix_versions": ["9.0.1"]}]}
+    assert audit.told([unknown, found]).splitlines() == [
+        "1 of 2 pinned packages are known to the vulnerability service; 1 known vulnerabilities",
+        "  warning: pillow 9.0.0: CVE-1, fixed in 9.0.1",
+    ]
+    assert audit.ask(["no_such_file.txt"]).startswith("not audited: ")

@@ -53,7 +53,7 @@ def page(service: Service) -> gr.Blocks:
     """The page of a service."""
     heads = list(dict.fromkeys(head for model in service.models for head in model.heads))
     with gr.Blocks(title="scl_jax", analytics_enabled=False, delete_cache=(_KEPT, _KEPT)) as blocks:
-        gr.HTML(html.header([model.name for model in service.models], heads), elem_id="header")
+        gr.HTML(html.header(service.names, heads), elem_id="header")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=300, elem_id="left"):
                 picture = _picture(service)
@@ -130,9 +130,12 @@ def _examples(service: Service) -> gr.Gallery | None:
     hits = service.examples(_EXAMPLES)
     if not hits:
         return None
+    gr.HTML("<h3>Or choose one of the folder</h3>")
     return gr.Gallery(
-        [(hit.picture, hit.name) for hit in hits],
-        label="Or choose one of the folder",
+        [hit.picture for hit in hits],
+        label="Pictures of the folder",
+        show_label=False,
+        container=False,
         columns=4,
         allow_preview=False,
         object_fit="cover",
@@ -146,9 +149,16 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What are you looking for?", "a red star")
     count = gr.Slider(1, MOST_ANSWERS, 6, step=1, label="How many")
     button = gr.Button("Search", variant="primary", elem_id="search-button")
-    said = gr.HTML(_missing(service, "contrastive", "" if service.index else "no folder"), elem_id="search-said")
+    said = gr.HTML(
+        _missing(service, "contrastive", "" if service.index else "no folder"),
+        elem_id="search-said",
+        elem_classes="said",
+    )
+    heading = gr.HTML(elem_classes="said")
     found = gr.Gallery(
-        label="Found, the best first: choose one to look at it",
+        label="Found pictures",
+        show_label=False,
+        container=False,
         columns=3,
         allow_preview=False,
         object_fit="contain",
@@ -159,61 +169,54 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     )
     names = gr.State([])
 
-    def answer(text: str, count: float) -> tuple[Any, list[str]]:
+    def answer(text: str, count: float) -> tuple[str, Any, list[str]]:
         hits = service.search(text, int(count))
-        shown = [(hit.picture, f"{hit.name} · {hit.similarity:.3f}") for hit in hits]
-        return gr.update(value=shown, visible=True), [hit.name for hit in hits]
+        shown = [(hit.picture, f"{hit.similarity:.3f} · {hit.name}") for hit in hits]
+        title = "<h3>The most similar first; choose one to look at it</h3>"
+        return title, gr.update(value=shown, visible=True), [hit.name for hit in hits]
 
-    _on([button.click, text.submit], answer, [text, count], said, [found, names], (gr.update(visible=False), []))
+    outputs = [heading, found, names]
+    _on(text, button, answer, [text, count], said, outputs, ("", gr.update(visible=False), []))
     _open_on_select(service, found, names, picture)
 
 
 def _look_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What could the picture show?", "a red star")
     button = gr.Button("Look", variant="primary", elem_id="look-button")
-    said = gr.HTML(elem_id="look-said")
-    cards = gr.HTML(elem_id="scores")
-    maps = gr.Gallery(
-        label="Where the text, and each word, looks (brightest: the map's strongest patch)",
-        columns=3,
-        object_fit="contain",
-        height="auto",
-        visible=False,
-        elem_id="maps",
-        buttons=["download", "fullscreen"],
-    )
+    said = gr.HTML(elem_id="look-said", elem_classes="said")
+    seen = gr.HTML(elem_id="seen", elem_classes="said")
 
-    def answer(file: str | None, text: str) -> tuple[str, Any]:
+    def answer(file: str | None, text: str) -> tuple[str]:
         sight = service.look(file, text)
-        return html.scores(sight), gr.update(value=sight.maps, visible=True, selected_index=None)
+        return (html.scores(sight) + html.maps(sight),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [cards, maps], ("", gr.update(visible=False)))
+    _on(text, button, answer, [picture, text], said, [seen], ("",))
 
 
 def _ask_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("Your question", "what colour is the star?")
     button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-    said = gr.HTML(_missing(service, "vqa"), elem_id="ask-said")
-    answers = gr.HTML(elem_id="answers")
+    said = gr.HTML(_missing(service, "vqa"), elem_id="ask-said", elem_classes="said")
+    answers = gr.HTML(elem_id="answers", elem_classes="said")
 
     def answer(file: str | None, question: str) -> tuple[str]:
         return (html.bars(service.answer(file, question)),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [answers], ("",))
+    _on(text, button, answer, [picture, text], said, [answers], ("",))
 
 
 def _fill_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("A text with <mask> for each hidden word", "a <mask> star")
     button = gr.Button("Fill in", variant="primary", elem_id="fill-button")
-    said = gr.HTML(_missing(service, "masked_language"), elem_id="fill-said")
-    words = gr.HTML(elem_id="words")
+    said = gr.HTML(_missing(service, "masked_language"), elem_id="fill-said", elem_classes="said")
+    words = gr.HTML(elem_id="words", elem_classes="said")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         filled = service.fill(file, text)
         many = len(filled) > 1
         return ("".join(html.bars(rows, f"<mask> {i + 1}" if many else "") for i, rows in enumerate(filled)),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [words], ("",))
+    _on(text, button, answer, [picture, text], said, [words], ("",))
 
 
 def _textbox(label: str, placeholder: str) -> gr.Textbox:
@@ -244,7 +247,8 @@ def kindly(answer: Callable[..., tuple[Any, ...]], empty: tuple[Any, ...], *give
 
 
 def _on(
-    triggers: list[Any],
+    text: gr.Textbox,
+    button: gr.Button,
     answer: Callable[..., tuple[Any, ...]],
     inputs: list[Any],
     said: gr.HTML,
@@ -253,11 +257,12 @@ def _on(
 ) -> None:
     """One model call at a time, whichever tab it comes from."""
     gr.on(
-        triggers,
+        [button.click, text.submit],
         partial(kindly, answer, empty),
         inputs,
         [said, *outputs],
         show_progress="minimal",
+        show_progress_on=[text],
         concurrency_id="model",
         concurrency_limit=1,
         api_visibility="private",

@@ -74,6 +74,11 @@ class Service:
         if index is not None:
             index.check(self.with_head("contrastive"))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the checkpoints, without the folders of the server that they lie in."""
+        return [Path(model.name).name for model in self.models]
+
     def with_head(self, head: str) -> Model:
         """The first model with that head.
 
@@ -82,9 +87,8 @@ class Service:
         """
         found = next((model for model in self.models if head in model.heads), None)
         if found is None:
-            names = ", ".join(model.name for model in self.models)
             raise MissingHeadError(
-                f"this needs a checkpoint with the head {head!r}, and {names} has none. "
+                f"this needs a checkpoint with the head {head!r}, and {', '.join(self.names)} has none. "
                 f"Start the demo with one more --checkpoint: {_HOW[head]}"
             )
         return found

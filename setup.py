@@ -50,6 +50,7 @@ EXTRAS = {
         "ipykernel>=6.29",  # the tests run the notebooks
         "jupytext>=1.17",
         "nbclient>=0.10",
+        "pip-audit>=2.7",
         "playwright>=1.55",  # drives the web page in a browser that is installed already
         "pre-commit>=4",
         "pyright[nodejs]>=1.1.400",

@@ -29,6 +29,7 @@ def config_of(sizes: SCLConfig, tokenizer: str) -> ConfigDict:
     """The default config with the model's sizes: what a run needs to take these weights up."""
     config = default_config()
     m, s = config.model, sizes
+    m.dtype = "float32"  # whoever loads the weights computes what their owner did
     m.vision.update(
         width=s.vision_width, layers=s.vision_layers, heads=s.vision_heads, mlp_width=s.vision_mlp_width,
         patch_size=s.patch_size, image_size=s.image_size, max_frames=s.max_frames,

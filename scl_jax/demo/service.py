@@ -192,8 +192,8 @@ class Service:
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
     """The picture with its longer side at `side` pixels, however narrow it is."""
     scale = side / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
-    return picture.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
 
 
 def _named(name: str, call: Callable[[], Result]) -> Result:

@@ -82,7 +82,6 @@ def read_weights(
         has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
         named = tokenizer or (str(own) if has_own else "roberta-base")
         config = config_of(sizes, named)
-        config.model.dtype = "float32"
         config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
         config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
         _adopt(config, path)

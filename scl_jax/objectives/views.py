@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.fusion import Fused
+from scl_jax.models.fusion import Fused, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
@@ -315,6 +315,24 @@ def take_partner(x: Float[Array, "B N D"], partner: Int[Array, " B"], group_size
     return jnp.take_along_axis(grouped, index, axis=1).reshape(x.shape)
 
 
+def wanted_tokens(masks: Masks, pairs: Collection[str], frames: int) -> dict[str, Wanted]:
+    """The tokens of every pair that an objective reads: the [CLS], and the slots of what is to be recovered."""
+    everyone = global_tokens(masks.partner.shape[0], frames)
+    patches = masks.replaced.shape[-1]
+    offsets = frames + patches * jnp.arange(frames)[:, None]  # of a frame's patches among the visual tokens
+    slots = (masks.replaced_slots[:, None] + offsets).reshape(masks.replaced_slots.shape[0], -1)  # (B, F·R)
+    text_slots = {"language": masks.language_slots, "completion": masks.completion_slots}
+    text_slots["dropped"] = masks.completion_slots
+    image_slots = {"replaced": slots, "completion": slots} if "replaced" in pairs else {}
+
+    def after(first: Array, more: Array | None) -> Array:
+        return first if more is None else jnp.concatenate([first, more.astype(first.dtype)], axis=1)
+
+    return {
+        n: Wanted(after(everyone.text, text_slots.get(n)), after(everyone.image, image_slots.get(n))) for n in pairs
+    }
+
+
 def fuse_pairs(
     model: SCL,
     batch: Batch,
@@ -324,7 +342,7 @@ def fuse_pairs(
     group_size: int,
     key: Key[Array, ""] | None = None,
 ) -> dict[str, Fused]:
-    """Fuses the named `pairs` of encoded views; `key` switches dropout on."""
+    """Fuses the named `pairs` of encoded views; `key` switches dropout on. Each has its `wanted_tokens`, no others."""
     same_key, dropped_key = split_key(key, 2)
     full = views.images["full"]
     names = [name for name in SAME_SHAPE_PAIRS if name in pairs]
@@ -335,19 +353,36 @@ def fuse_pairs(
         else:
             image_of["matching"] = take_partner(full, masks.partner, group_size)
     text_of = {"matching": "full", "language": "language", "replaced": "full", "completion": "completion"}
+    wanted = wanted_tokens(masks, pairs, views.frames)
     fused = {}
     if names:
+        texts, images = ([getattr(wanted[name], kind) for name in names] for kind in ("text", "image"))
         result = model.fuse(
             interleave([views.texts[text_of[name]] for name in names]),
             interleave([batch.token_mask] * len(names)),
             interleave([image_of[name] for name in names]),
             views.frames,
             same_key,
+            wanted=Wanted(interleave(same_length(texts)), interleave(same_length(images))),
         )
-        texts, images = separate(result.text, len(names)), separate(result.image, len(names))
-        fused = {n: Fused(t, i, views.frames) for n, t, i in zip(names, texts, images, strict=True)}
+        for name, text, image in zip(
+            names, separate(result.text, len(names)), separate(result.image, len(names)), strict=True
+        ):
+            counts = wanted[name].text.shape[1], wanted[name].image.shape[1]
+            fused[name] = Fused(text[:, : counts[0]], image[:, : counts[1]], views.frames)
     if "dropped" in pairs:
         fused["dropped"] = model.fuse(
-            views.texts["full"], batch.token_mask, views.images["dropped"], views.frames, dropped_key
+            views.texts["full"],
+            batch.token_mask,
+            views.images["dropped"],
+            views.frames,
+            dropped_key,
+            wanted=wanted["dropped"],
         )
     return fused
+
+
+def same_length(slots: list[Int[Array, "B _"]]) -> list[Int[Array, "B S"]]:
+    """Positions of several pairs as many as the longest has; the others ask for token 0 again."""
+    longest = max(x.shape[1] for x in slots)
+    return [jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in slots]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from scl_jax.demo import html
-from scl_jax.demo.service import MOST_ANSWERS, Service
+from scl_jax.demo.service import MOST_ANSWERS, NO_FOLDER, Service
 from scl_jax.inference.texts import MOST_CHARACTERS
 
 STYLE = Path(__file__).with_name("style.css")
@@ -149,12 +148,8 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What are you looking for?", "a red star")
     count = gr.Slider(1, MOST_ANSWERS, 6, step=1, label="How many")
     button = gr.Button("Search", variant="primary", elem_id="search-button")
-    said = gr.HTML(
-        _missing(service, "contrastive", "" if service.index else "no folder"),
-        elem_id="search-said",
-        elem_classes="said",
-    )
-    heading = gr.HTML(elem_classes="said")
+    said = _html("search-said", _missing(service, "contrastive") or _no_folder(service))
+    heading = _html("found-heading")
     found = gr.Gallery(
         label="Found pictures",
         show_label=False,
@@ -183,8 +178,8 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
 def _look_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What could the picture show?", "a red star")
     button = gr.Button("Look", variant="primary", elem_id="look-button")
-    said = gr.HTML(elem_id="look-said", elem_classes="said")
-    seen = gr.HTML(elem_id="seen", elem_classes="said")
+    said = _html("look-said")
+    seen = _html("seen")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         sight = service.look(file, text)
@@ -196,8 +191,8 @@ def _look_tab(service: Service, picture: gr.Image) -> None:
 def _ask_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("Your question", "what colour is the star?")
     button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-    said = gr.HTML(_missing(service, "vqa"), elem_id="ask-said", elem_classes="said")
-    answers = gr.HTML(elem_id="answers", elem_classes="said")
+    said = _html("ask-said", _missing(service, "vqa"))
+    answers = _html("answers")
 
     def answer(file: str | None, question: str) -> tuple[str]:
         return (html.bars(service.answer(file, question)),)
@@ -208,8 +203,8 @@ def _ask_tab(service: Service, picture: gr.Image) -> None:
 def _fill_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("A text with <mask> for each hidden word", "a <mask> star")
     button = gr.Button("Fill in", variant="primary", elem_id="fill-button")
-    said = gr.HTML(_missing(service, "masked_language"), elem_id="fill-said", elem_classes="said")
-    words = gr.HTML(elem_id="words", elem_classes="said")
+    said = _html("fill-said", _missing(service, "masked_language"))
+    words = _html("words")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         filled = service.fill(file, text)
@@ -223,15 +218,22 @@ def _textbox(label: str, placeholder: str) -> gr.Textbox:
     return gr.Textbox(label=label, placeholder=placeholder, max_length=MOST_CHARACTERS, lines=1, max_lines=4)
 
 
-def _missing(service: Service, head: str, other: str = "") -> str:
-    """What is said on a tab from the start, because no checkpoint can serve it; empty where one can."""
+def _html(name: str, value: str = "") -> gr.HTML:
+    """A place for HTML that takes no room while it is empty."""
+    return gr.HTML(value, visible=bool(value), elem_id=name)
+
+
+def _missing(service: Service, head: str) -> str:
+    """What a tab says from the start where no checkpoint can serve it; empty where one can."""
     try:
         service.with_head(head)
-        if other:
-            raise ValueError("there is no folder to search: start the demo with --folder=pictures")
     except ValueError as error:
         return html.notice(str(error), "note")
     return ""
+
+
+def _no_folder(service: Service) -> str:
+    return "" if service.index is not None else html.notice(NO_FOLDER, "note")
 
 
 def kindly(answer: Callable[..., tuple[Any, ...]], empty: tuple[Any, ...], *given: Any) -> tuple[Any, ...]:
@@ -256,9 +258,14 @@ def _on(
     empty: tuple[Any, ...],
 ) -> None:
     """One model call at a time, whichever tab it comes from."""
+
+    def respond(*given: Any) -> tuple[Any, ...]:
+        results = kindly(answer, empty, *given)
+        return tuple(gr.update(value=x, visible=bool(x)) if isinstance(x, str) else x for x in results)
+
     gr.on(
         [button.click, text.submit],
-        partial(kindly, answer, empty),
+        respond,
         inputs,
         [said, *outputs],
         show_progress="minimal",

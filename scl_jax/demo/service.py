@@ -24,6 +24,7 @@ from scl_jax.search import Index
 
 DEFAULT_UPLOAD = 20  # MiB
 MOST_ANSWERS = 24  # of a search
+NO_FOLDER = "there is no folder to search: start the demo with --folder=pictures"
 _MAP_SIDE = 448  # pixels of the longer side of an overlay
 _THUMBNAIL = 320
 _LARGEST_SHOWN = 1024
@@ -96,7 +97,7 @@ class Service:
     def search(self, text: str, k: int) -> list[Hit]:
         """The k files of the folder that fit a text best; a file that has vanished since is left out."""
         if self.index is None:
-            raise ValueError("there is no folder to search: start the demo with --folder=pictures")
+            raise ValueError(NO_FOLDER)
         model = self.with_head("contrastive")
         feature = model.encode_texts(text)[0]
         hits: list[Hit] = []

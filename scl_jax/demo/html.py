@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from html import escape
+
+from PIL import Image
 
 from scl_jax.demo.service import Sight
 
@@ -45,6 +49,23 @@ def scores(sight: Sight) -> str:
         place = (sight.similarity + 1) / 2
         cards.append(_card("Similarity", f"{sight.similarity:.3f}", "cosine, from −1 to 1", place))
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def maps(sight: Sight) -> str:
+    """The picture under the attention of the whole text and of each word."""
+    figures = "".join(
+        f'<figure><img src="{_data(picture)}" alt="where {escape(word, quote=True)} looks">'
+        f"<figcaption>{escape(word)}</figcaption></figure>"
+        for picture, word in sight.maps
+    )
+    note = '<p class="faint">Each map on its own scale: bright is its strongest patch.</p>'
+    return f'<h3>Where the text, and each word, looks</h3><div class="maps">{figures}</div>{note}'
+
+
+def _data(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _card(name: str, value: str, meaning: str, share: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from scl_jax.demo import html
-from scl_jax.demo.service import MOST_ANSWERS, Service
+from scl_jax.demo.service import MOST_ANSWERS, NO_FOLDER, Service
 from scl_jax.inference.texts import MOST_CHARACTERS
 
 STYLE = Path(__file__).with_name("style.css")
@@ -53,7 +52,7 @@ def page(service: Service) -> gr.Blocks:
     """The page of a service."""
     heads = list(dict.fromkeys(head for model in service.models for head in model.heads))
     with gr.Blocks(title="scl_jax", analytics_enabled=False, delete_cache=(_KEPT, _KEPT)) as blocks:
-        gr.HTML(html.header([model.name for model in service.models], heads), elem_id="header")
+        gr.HTML(html.header(service.names, heads), elem_id="header")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=300, elem_id="left"):
                 picture = _picture(service)
@@ -130,9 +129,12 @@ def _examples(service: Service) -> gr.Gallery | None:
     hits = service.examples(_EXAMPLES)
     if not hits:
         return None
+    gr.HTML("<h3>Or choose one of the folder</h3>")
     return gr.Gallery(
-        [(hit.picture, hit.name) for hit in hits],
-        label="Or choose one of the folder",
+        [hit.picture for hit in hits],
+        label="Pictures of the folder",
+        show_label=False,
+        container=False,
         columns=4,
         allow_preview=False,
         object_fit="cover",
@@ -146,9 +148,12 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What are you looking for?", "a red star")
     count = gr.Slider(1, MOST_ANSWERS, 6, step=1, label="How many")
     button = gr.Button("Search", variant="primary", elem_id="search-button")
-    said = gr.HTML(_missing(service, "contrastive", "" if service.index else "no folder"), elem_id="search-said")
+    said = _html("search-said", _missing(service, "contrastive") or _no_folder(service))
+    heading = _html("found-heading")
     found = gr.Gallery(
-        label="Found, the best first: choose one to look at it",
+        label="Found pictures",
+        show_label=False,
+        container=False,
         columns=3,
         allow_preview=False,
         object_fit="contain",
@@ -159,76 +164,76 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     )
     names = gr.State([])
 
-    def answer(text: str, count: float) -> tuple[Any, list[str]]:
+    def answer(text: str, count: float) -> tuple[str, Any, list[str]]:
         hits = service.search(text, int(count))
-        shown = [(hit.picture, f"{hit.name} · {hit.similarity:.3f}") for hit in hits]
-        return gr.update(value=shown, visible=True), [hit.name for hit in hits]
+        shown = [(hit.picture, f"{hit.similarity:.3f} · {hit.name}") for hit in hits]
+        title = "<h3>The most similar first; choose one to look at it</h3>"
+        return title, gr.update(value=shown, visible=True), [hit.name for hit in hits]
 
-    _on([button.click, text.submit], answer, [text, count], said, [found, names], (gr.update(visible=False), []))
+    outputs = [heading, found, names]
+    _on(text, button, answer, [text, count], said, outputs, ("", gr.update(visible=False), []))
     _open_on_select(service, found, names, picture)
 
 
 def _look_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What could the picture show?", "a red star")
     button = gr.Button("Look", variant="primary", elem_id="look-button")
-    said = gr.HTML(elem_id="look-said")
-    cards = gr.HTML(elem_id="scores")
-    maps = gr.Gallery(
-        label="Where the text, and each word, looks (brightest: the map's strongest patch)",
-        columns=3,
-        object_fit="contain",
-        height="auto",
-        visible=False,
-        elem_id="maps",
-        buttons=["download", "fullscreen"],
-    )
+    said = _html("look-said")
+    seen = _html("seen")
 
-    def answer(file: str | None, text: str) -> tuple[str, Any]:
+    def answer(file: str | None, text: str) -> tuple[str]:
         sight = service.look(file, text)
-        return html.scores(sight), gr.update(value=sight.maps, visible=True, selected_index=None)
+        return (html.scores(sight) + html.maps(sight),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [cards, maps], ("", gr.update(visible=False)))
+    _on(text, button, answer, [picture, text], said, [seen], ("",))
 
 
 def _ask_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("Your question", "what colour is the star?")
     button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-    said = gr.HTML(_missing(service, "vqa"), elem_id="ask-said")
-    answers = gr.HTML(elem_id="answers")
+    said = _html("ask-said", _missing(service, "vqa"))
+    answers = _html("answers")
 
     def answer(file: str | None, question: str) -> tuple[str]:
         return (html.bars(service.answer(file, question)),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [answers], ("",))
+    _on(text, button, answer, [picture, text], said, [answers], ("",))
 
 
 def _fill_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("A text with <mask> for each hidden word", "a <mask> star")
     button = gr.Button("Fill in", variant="primary", elem_id="fill-button")
-    said = gr.HTML(_missing(service, "masked_language"), elem_id="fill-said")
-    words = gr.HTML(elem_id="words")
+    said = _html("fill-said", _missing(service, "masked_language"))
+    words = _html("words")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         filled = service.fill(file, text)
         many = len(filled) > 1
         return ("".join(html.bars(rows, f"<mask> {i + 1}" if many else "") for i, rows in enumerate(filled)),)
 
-    _on([button.click, text.submit], answer, [picture, text], said, [words], ("",))
+    _on(text, button, answer, [picture, text], said, [words], ("",))
 
 
 def _textbox(label: str, placeholder: str) -> gr.Textbox:
     return gr.Textbox(label=label, placeholder=placeholder, max_length=MOST_CHARACTERS, lines=1, max_lines=4)
 
 
-def _missing(service: Service, head: str, other: str = "") -> str:
-    """What is said on a tab from the start, because no checkpoint can serve it; empty where one can."""
+def _html(name: str, value: str = "") -> gr.HTML:
+    """A place for HTML that takes no room while it is empty."""
+    return gr.HTML(value, visible=bool(value), elem_id=name)
+
+
+def _missing(service: Service, head: str) -> str:
+    """What a tab says from the start where no checkpoint can serve it; empty where one can."""
     try:
         service.with_head(head)
-        if other:
-            raise ValueError("there is no folder to search: start the demo with --folder=pictures")
     except ValueError as error:
         return html.notice(str(error), "note")
     return ""
+
+
+def _no_folder(service: Service) -> str:
+    return "" if service.index is not None else html.notice(NO_FOLDER, "note")
 
 
 def kindly(answer: Callable[..., tuple[Any, ...]], empty: tuple[Any, ...], *given: Any) -> tuple[Any, ...]:
@@ -244,7 +249,8 @@ def kindly(answer: Callable[..., tuple[Any, ...]], empty: tuple[Any, ...], *give
 
 
 def _on(
-    triggers: list[Any],
+    text: gr.Textbox,
+    button: gr.Button,
     answer: Callable[..., tuple[Any, ...]],
     inputs: list[Any],
     said: gr.HTML,
@@ -252,12 +258,18 @@ def _on(
     empty: tuple[Any, ...],
 ) -> None:
     """One model call at a time, whichever tab it comes from."""
+
+    def respond(*given: Any) -> tuple[Any, ...]:
+        results = kindly(answer, empty, *given)
+        return tuple(gr.update(value=x, visible=bool(x)) if isinstance(x, str) else x for x in results)
+
     gr.on(
-        triggers,
-        partial(kindly, answer, empty),
+        [button.click, text.submit],
+        respond,
         inputs,
         [said, *outputs],
         show_progress="minimal",
+        show_progress_on=[text],
         concurrency_id="model",
         concurrency_limit=1,
         api_visibility="private",

@@ -24,6 +24,7 @@ from scl_jax.search import Index
 
 DEFAULT_UPLOAD = 20  # MiB
 MOST_ANSWERS = 24  # of a search
+NO_FOLDER = "there is no folder to search: start the demo with --folder=pictures"
 _MAP_SIDE = 448  # pixels of the longer side of an overlay
 _THUMBNAIL = 320
 _LARGEST_SHOWN = 1024
@@ -74,6 +75,11 @@ class Service:
         if index is not None:
             index.check(self.with_head("contrastive"))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the checkpoints, without the folders of the server that they lie in."""
+        return [Path(model.name).name for model in self.models]
+
     def with_head(self, head: str) -> Model:
         """The first model with that head.
 
@@ -82,9 +88,8 @@ class Service:
         """
         found = next((model for model in self.models if head in model.heads), None)
         if found is None:
-            names = ", ".join(model.name for model in self.models)
             raise MissingHeadError(
-                f"this needs a checkpoint with the head {head!r}, and {names} has none. "
+                f"this needs a checkpoint with the head {head!r}, and {', '.join(self.names)} has none. "
                 f"Start the demo with one more --checkpoint: {_HOW[head]}"
             )
         return found
@@ -92,7 +97,7 @@ class Service:
     def search(self, text: str, k: int) -> list[Hit]:
         """The k files of the folder that fit a text best; a file that has vanished since is left out."""
         if self.index is None:
-            raise ValueError("there is no folder to search: start the demo with --folder=pictures")
+            raise ValueError(NO_FOLDER)
         model = self.with_head("contrastive")
         feature = model.encode_texts(text)[0]
         hits: list[Hit] = []

@@ -140,9 +140,9 @@ def test_a_visit(visitor):
     visitor.sees("#picture img")
     visitor.tab("Match & attention")
     visitor.ask("What could the picture show?", scene["captions"][0], "look")
-    visitor.sees("#scores", "Match")
-    visitor.sees("#maps img")
-    assert visitor.page.locator("#maps img").count() >= 3  # the whole text, a colour, a shape
+    visitor.sees("#seen", "Match")
+    visitor.sees("#seen img")
+    assert visitor.page.locator("#seen img").count() >= 3  # the whole text, a colour, a shape
     visitor.picture("attention")
 
     visitor.tab("Ask")
@@ -176,7 +176,7 @@ def test_whatever_is_handed_in_is_answered_with_a_message_and_the_page_goes_on(v
         visitor.upload(name, data)
         visitor.page.wait_for_timeout(800)
         visitor.page.locator("#look-button").click()
-        visitor.sees("#maps img")
+        visitor.sees("#seen img")
     visitor.page.get_by_label("What could the picture show?").fill(" ")
     visitor.page.locator("#look-button").click()
     visitor.sees("#look-said", "The text is empty")

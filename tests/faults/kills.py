@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of one training run: `python -m tests.faults.kills [--kills=50] [--steps=1000] [--seed=0]`.
+"""SIGKILL at random moments of one training run: `python -m tests.faults.kills [--kills=50] [--steps=240] [--seed=0]`.
 
 The run saves every few steps. It is killed while it starts, restores, steps and saves, and started again each time; its
 last checkpoint and its files are compared with those of a run that nobody disturbed. Exit status 0: equal to the bit.
@@ -171,7 +171,7 @@ def main() -> None:
     """Runs the harness."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=1000, help="of the run; it must not end before the last kill")
+    parser.add_argument("--steps", type=int, default=240, help="of the run; it must not end before the last kill")
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="default: a temporary one")

@@ -75,6 +75,7 @@ def test_odd_texts_are_rows_of_tokens(tokenizer, text):
     assert text.strip().startswith(decoded[:20].strip())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @quick
 @given(dice=DICE)
 def test_a_damaged_picture_is_refused_or_has_its_size(pictures, dice):

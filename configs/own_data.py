@@ -21,6 +21,7 @@ def get_config():
     model.vision.image_size = 224
     model.text.vocab_size = 0  # the tokenizer's
     model.projection_width = 256
+    model.initializer_range = 0.03  # as 0.02 is to width 768
 
     data = config.data
     data.tokenizer = "data/my_set_tokenizer"

@@ -44,7 +44,7 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
         fusion=FusionConfig(**m.fusion, **shared, **rates, token_types=3 if config.task == "nlvr2" else 2),
         projection_width=m.projection_width,
         initial_temperature=m.initial_temperature,
-        precision=Precision(jnp.dtype(m.dtype), param_dtype),
+        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range),
         heads=HEADS[config.task],
         answers=m.answers,
     )

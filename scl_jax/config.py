@@ -65,6 +65,7 @@ def _model() -> ConfigDict:
             "dropout": 0.1,  # of the text and fusion layers; the vision encoder has none
             "attention_dropout": 0.1,  # of their attention weights
             "initial_temperature": 0.07,
+            "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
             # auto | xla | cudnn: fused kernels for GPUs, in bfloat16, where there is no attention dropout
@@ -148,6 +149,8 @@ def _data() -> ConfigDict:
             "videos": _stream(batch_size=1024, frames=4, image_size=224, share=0.0),
             "threads": 8,
             "prefetch": 4,  # whole batches kept ready
+            "bad_records": "fail",  # fail | skip (look at all records first, leave out and list what cannot be used)
+            "max_skipped_share": 0.01,  # of the records of a split; more are an error
         }
     )
 
@@ -193,6 +196,7 @@ def _train() -> ConfigDict:
             "keep_latest": 2,
             "keep_best": 1,
             "best_metric": "retrieval/mean_recall_of_streams",
+            "max_nonfinite_in_row": 10,  # updates skipped in a row, loss or gradient not finite, that end the run
             "profile_steps": (0, 0),  # (first, last): a jax.profiler trace of these steps; (0, 0): none
         }
     )
@@ -207,7 +211,7 @@ def _evaluate() -> ConfigDict:
             "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
             "equal_captions": False,  # a caption finds every item with the same caption; published recalls: its own
-            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the best on `split` counts
+            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the clearly best on `split`
             "rerank": 128,  # candidates of a query re-scored with the fusion encoder; 0: contrastive only
             "all_pairs": False,  # re-score every pair, as the reference does
             "best": False,  # at the end: the best checkpoint by train.best_metric, not the last
@@ -278,12 +282,16 @@ MAY_CHANGE = (
     "data.dir",
     "data.threads",
     "data.prefetch",
+    "data.bad_records",  # another order of examples from there on, which the log says
+    "data.max_skipped_share",
     "train.checkpoint_every",
     "train.keep_latest",
     "train.keep_best",
     "train.best_metric",
+    "train.max_nonfinite_in_row",
     "train.profile_steps",
     "model.remat",
+    "model.initializer_range",  # only step 0 looks at it
     "model.attention",
     "model.unroll",
 )

@@ -1,12 +1,13 @@
 """One run from its config: tokenizer, mesh, network, data and evaluation put together; then train or evaluate.
 
-<workdir>/config.json  classes.json  metrics.jsonl  results.json  checkpoints/  and the files of report.py
+<workdir>/config.json  classes.json  skipped.jsonl  metrics.jsonl  results.json  checkpoints/  and report.py's files
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,41 +17,60 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from scl_jax import build
+from scl_jax.bad_records import BadRecords
 from scl_jax.config import ConfigError, active_streams, differences, finalize
 from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
-from scl_jax.data.builders import open_source
 from scl_jax.data.pipeline import train_dataset
+from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
+from scl_jax.preflight import missing, tried
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.distributed import meet
+from scl_jax.training.inspection import Inspection
 from scl_jax.training.logging import RunLog
-from scl_jax.training.loop import Schedule, Window, train
+from scl_jax.training.loop import Feed, Schedule, Window, train
+from scl_jax.training.nonfinite import Guard, NonFiniteError, records
 from scl_jax.training.records import write_json
 from scl_jax.training.state import TrainState, init_state
+from scl_jax.training.workdir import held
 
 
 class Session:
     """Everything of one run. Nothing is compiled and no work directory is touched before the config has been checked.
 
+    mode: what it will do, "train", "evaluate" or "replay"; the data that this reads must be there.
+
     Raises:
-        ConfigError: options that cannot work, or that differ from those the work directory was begun with.
-        FileNotFoundError: shards or the tokenizer are missing; the message says how to make them.
+        ConfigError: all options that cannot work, and all they name that is missing, with how to make it; or options
+            that differ from those the work directory was begun with.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path | str):
-        self.workdir = Path(workdir)
-        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer or f"{config.data.dir}/tokenizer")
-        self.classes = classes_of(config)
+    def __init__(self, config: ConfigDict, workdir: Path | str, mode: str = "train"):
+        self.workdir, problems = Path(workdir), []
+        named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
+        tokenizer = tried(problems, lambda: load_tokenizer(named), None)
+        self.classes = tried(problems, lambda: classes_of(config), ())
+        later = config.data.bad_records == "skip" and config.train.epochs > 0  # which records count takes a while
+        examples = 0 if later else tried(problems, lambda: examples_of(config), 0)
+        vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
-        self.config = finalize(config, self.tokenizer.vocab_size, answers, examples_of(config))
-        check(self.config, self.tokenizer.vocab_size, jax.device_count(), jax.process_count())
+        self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
+        problems += missing(self.config, mode, self._begun())
+        problems = list(dict.fromkeys(problems))
+        check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
+        assert tokenizer is not None  # else a problem
+        self.tokenizer: Tokenizer = tokenizer
+        self.bad_records = BadRecords(self.config, self.workdir)
+        if later:
+            examples = examples_of(config, self.bad_records.left_out("train"))
+            self.config = finalize(config, vocab_size, answers, examples)
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
@@ -58,10 +78,13 @@ class Session:
         self.initial_notes: list[str] = []
         self._log: RunLog | None = None
 
+    def _begun(self) -> bool:
+        return any(self.workdir.glob("checkpoints/[0-9]*"))
+
     def _check_workdir(self) -> None:
         """A work directory that holds a checkpoint can only be continued with the same config."""
         file = self.workdir / "config.json"
-        if not file.exists() or not any(self.workdir.glob("checkpoints/[0-9]*")):
+        if not file.exists() or not self._begun():
             return
         changed = differences(json.loads(file.read_text()), json.loads(json.dumps(self.config.to_dict())))
         if changed:
@@ -76,15 +99,16 @@ class Session:
         t = self.config.train
         return Checkpoints(self.workdir / "checkpoints", t.keep_latest, t.keep_best, t.best_metric)
 
-    def initial_state(self, complete: bool = False) -> tuple[Any, Any, TrainState]:
+    def initial_state(self, complete: bool = False, fresh: bool = False) -> tuple[Any, Any, TrainState]:
         """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued.
 
         complete: every head must come from there; fresh ones are no model to evaluate.
+        fresh: fill in whatever checkpoints there are, to go through the run from its beginning.
         """
         maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
         graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
         meet("state is there", self.config.distributed.compile_timeout)
-        if self.checkpoints.latest() is None:
+        if fresh or self.checkpoints.latest() is None:
             params, self.initial_notes = initial_parameters(self.config, state.params, complete)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
             state = dataclasses.replace(state, params=params, ema=ema)
@@ -97,7 +121,7 @@ class Session:
 
     def evaluation(self, graph: Any, split: str) -> Evaluation:
         """The evaluation of a split."""
-        sets = evaluation_sets(self.config, split, self.tokenizer, self.mesh)
+        sets = evaluation_sets(self.config, split, self.tokenizer, self.mesh, self.bad_records.left_out(split))
         return make_evaluation(self.config, self.task, graph, self.mesh, sets, self.classes, self._show_progress)
 
     def _show_progress(self, what: str, done: int, total: int) -> None:
@@ -118,6 +142,21 @@ class Session:
         )
         return self._log
 
+    def _look_at_records(self) -> None:
+        """Everything that the run will read is looked at before it begins, where bad records may be left out."""
+        file = self.workdir / "config.json"
+        if self.checkpoints.latest() is not None and file.exists():
+            self.bad_records.check_continued(json.loads(file.read_text())["data"].get("bad_records", "fail"))
+        e = self.config.evaluate
+        for split in ("train", e.final_split, *((e.split,) if e.every or len(e.matching_weights) > 1 else ())):
+            self.bad_records.left_out(split)
+
+    def _say_left_out(self, log: RunLog) -> None:
+        if self.is_main:
+            self.bad_records.write()
+        for note in self.bad_records.notes:
+            log.say(note)
+
     def training_data(self) -> Any:
         """The endless batches of this process: items with a caption in pre-training, else every text with its item."""
         make = train_dataset if self.config.task == "pretrain" else task_dataset
@@ -126,42 +165,59 @@ class Session:
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             rows_of=partial(sharding.process_rows, self.mesh),
+            left_out=self.bad_records.left_out("train"),
         )
 
     def train(self) -> bool:
-        """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early."""
+        """Trains from the start or the newest checkpoint, then evaluates; False when SIGTERM ended it early.
+
+        Raises:
+            WorkdirError: the work directory is in use, or cannot be written.
+            CheckpointError: a checkpoint could not be written, or none can be read.
+            NonFiniteError: too many steps in a row were not finite.
+        """
+        with held(self.workdir, self.is_main):
+            return self._train()
+
+    def _train(self) -> bool:
         config = self.config
+        self._look_at_records()
         data = self.training_data()  # before the state: missing shards should be said at once
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
-        window = Window()
-        begun = self.checkpoints.latest()
-        if begun is not None:
-            state, progress = self.checkpoints.restore(abstract_state(state))
-            iterator.set_state(progress["data"])
-            window = Window(progress["window"])
+        state, begun, progress = self._continued(state, iterator)
         with self.open_log(begun or 0) as log:
             log.save_config(config)
+            self._say_left_out(log)
             if self.classes and self.is_main:
                 write_json(self.workdir / "classes.json", list(self.classes))
             count = parameters.count(state.params)
             begin = f"continuing from step {begun}" if begun is not None else "starting"
+            for note in self.checkpoints.notes:
+                log.say(note)
             log.say(f"{begin}: {count / 1e6:.1f} M parameters, {self.mesh.devices.size} device(s)")
             self.say_initial(log)
-            state, complete = train(
-                self.task,
-                self.jit_step(graph, tx, state),
-                state,
-                iterator,
-                self.mesh,
-                self.schedule(),
-                self.checkpoints,
-                log,
-                lambda state: evaluation(averaged(state))[0] if evaluation else {},
-                window,
-                config.distributed.compile_timeout,
-            )
+            try:
+                state, complete = train(
+                    self.task,
+                    self.jit_step(graph, tx, state),
+                    state,
+                    iterator,
+                    self.mesh,
+                    self.schedule(),
+                    self.checkpoints,
+                    log,
+                    lambda state: evaluation(averaged(state))[0] if evaluation else {},
+                    Window(progress["window"]),
+                    self.guard(log, progress.get("skipped_in_row", 0)),
+                    config.distributed.compile_timeout,
+                )
+            except NonFiniteError as error:
+                self.checkpoints.wait()
+                if error.objectives:
+                    raise
+                raise NonFiniteError(f"{error} {self._blame(graph, error)}", (), error.record) from error
             if complete:
                 step = self.chosen_step()
                 if step not in (None, int(state.step)):
@@ -171,13 +227,51 @@ class Session:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
 
+    def _continued(self, state: TrainState, iterator: Any) -> tuple[TrainState, int | None, dict[str, Any]]:
+        """(state, its step or None, progress) from the newest checkpoint, if any, and the iterator set to its place."""
+        if self.checkpoints.latest() is None:
+            return state, None, {"window": {}}
+        state, progress = self.checkpoints.restore(abstract_state(state))
+        iterator.set_state(progress["data"])
+        return state, int(state.step), progress
+
+    def guard(self, log: RunLog, in_row: int) -> Guard:
+        """What looks after steps that are not finite; a checkpoint is kept before the last one that has a record."""
+        folder, limit = self.workdir / "nonfinite", self.config.train.max_nonfinite_in_row
+        for step in records(folder)[-1:]:
+            self.checkpoints.keep_before(step)
+        return Guard(folder, limit, self.config.seed, log.say, self.is_main, in_row, self.checkpoints.keep_before)
+
+    def inspection(self, graph: Any) -> Inspection:
+        """What takes a step of this run apart by objective."""
+        m, t = self.config.model, self.config.train
+        dropout = m.dropout > 0 or m.attention_dropout > 0
+        seed = self.config.seed
+        return Inspection(self.task, graph, self.mesh, seed=seed, accumulate=t.accumulate, dropout=dropout)
+
+    def _blame(self, graph: Any, error: NonFiniteError) -> str:
+        """The objectives whose gradient is not finite in the step that ended a run, whose state has not moved since."""
+        iterator = iter(self.training_data())
+        iterator.set_state(error.record["data"])
+        batch = Feed(iterator, self.mesh).take().batch
+        state = dataclasses.replace(error.state, step=jnp.asarray(error.record["step"] - 1, jnp.int32))
+        bad = [finding for finding in self.inspection(graph)(state, batch) if not finding.finite]
+        found = "; ".join(f"of {finding.objective}, first {finding.first}" for finding in bad)
+        return f"The gradient that is not finite is that {found or 'of no objective alone'}."
+
     def evaluate(self) -> None:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""
+        with held(self.workdir, self.is_main):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         graph, _, state = self.initial_state(complete=True)
         if self.checkpoints.latest() is not None or not self.config.init.checkpoint:
             state, _ = self.checkpoints.restore(abstract_state(state), self.chosen_step())
+        self.bad_records.left_out(self.config.evaluate.final_split)
         with self.open_log(None) as log:
             self.say_initial(log)
+            self._say_left_out(log)
             self.report(log, graph, state)
 
     def schedule(self) -> Schedule:
@@ -216,13 +310,15 @@ def averaged(state: TrainState) -> parameters.Params:
     return state.params if state.ema is None else state.ema
 
 
-def examples_of(config: ConfigDict) -> int:
+def examples_of(config: ConfigDict, left_out: Mapping[str, LeftOut] = NOTHING) -> int:
     """The training examples of an epoch, where `train.epochs` asks: items in pre-training, texts in fine-tuning."""
     if not config.train.epochs or config.debug:
         return 0
-    names = [name for stream in active_streams(config) for name in config.data[stream].datasets if name]
-    sources = [open_source(name, "train", config.data.dir) for name in names]
-    return sum(len(source) if config.task == "pretrain" else sum(source.text_counts()) for source in sources)
+    count = 0
+    for name in active_streams(config):
+        records = Records(config.data[name].datasets, "train", config.data.dir, left_out.get(name, NOTHING))
+        count += len(records) if config.task == "pretrain" else sum(records.text_counts())
+    return count
 
 
 def classes_of(config: ConfigDict) -> tuple[str, ...]:

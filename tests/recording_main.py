@@ -17,7 +17,7 @@ fetch = loop.Feed.fetch
 
 def fetch_and_record(feed: loop.Feed) -> None:
     fetch(feed)
-    stream, batch, place = feed._next
+    stream, batch, _, place = feed._next
     rows = {
         row: int(item)
         for shard in batch.item_id.addressable_shards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_the_default_config_with_data_passes():
     ("changes", "message"),
     [
         ({"data.images.batch_size": 4100}, "data.images.batch_size 4100 does not divide by 8 .* that does is 4104"),
-        ({"data.images.batch_size": 0}, "data.images: batch_size.* must be at least 1"),
+        ({"data.images.batch_size": 0}, "data.images.batch_size is 0; it must be at least 1"),
         ({"train.accumulate": 0}, "train.accumulate is 0; 1 means no accumulation"),
         ({"train.accumulate": 3}, r"data.videos.batch_size 1024 .* × train.accumulate 3; the next that does is 1032"),
         (
@@ -66,7 +67,7 @@ def test_the_default_config_with_data_passes():
         ({"mesh.data": -2, "mesh.fsdp": -4}, "mesh data=-2, fsdp=-4, tensor=1 does not fit 8"),
         ({"mesh.fsdp": 0}, "mesh data=-1, fsdp=0, tensor=1 does not fit 8"),
         ({"evaluate.batch_size": 100}, r"evaluate.batch_size 100 does not divide by the 8 device\(s\)"),
-        ({"evaluate.batch_size": 0}, "evaluate.batch_size 0"),
+        ({"evaluate.batch_size": 0}, "evaluate.batch_size is 0; it must be at least 1"),
         ({"model.text.heads": 7}, "model.text: width 768 does not divide by heads 7"),
         ({"model.vision.layers": 0}, "model.vision.layers is 0; it must be at least 1"),
         ({"model.remat": "some"}, "model.remat is 'some'; choose none, dots or full"),
@@ -75,7 +76,7 @@ def test_the_default_config_with_data_passes():
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; choose float32 or bfloat16"),
         ({"model.text.vocab_size": 500}, "vocab_size is 500, but the tokenizer has 50265 tokens; raise it, or set 0"),
         ({"data.text_length": 513}, "data.text_length 513 needs model.text.max_positions of at least 515"),
-        ({"data.text_length": 2}, "data.text_length must be at least 3"),
+        ({"data.text_length": 2}, "data.text_length is 2; it must be at least 3"),
         ({"train.steps": 0}, "train.steps is 0"),
         ({"log.every": 0}, "log.every is 0"),
         ({"train.checkpoint_every": 0}, "train.checkpoint_every is 0"),
@@ -83,10 +84,10 @@ def test_the_default_config_with_data_passes():
         ({"optimizer.decay": "step"}, "optimizer.decay is 'step'; choose linear, cosine or constant"),
         ({"optimizer.ema": 1.0}, "optimizer.ema is 1.0"),
         ({"optimizer.warmup": -1.0}, "optimizer.warmup is -1.0"),
-        ({"objectives.matching.weight": -1.0}, "objectives.matching: weight, start and ramp must not be negative"),
+        ({"objectives.matching.weight": -1.0}, "objectives.matching.weight is -1.0; it must be at least 0"),
         (
             {"objectives.global_vision.drop_ratio": 1.0},
-            "objectives.global_vision.drop_ratio is 1.0; .* between 0 and 1",
+            r"objectives.global_vision.drop_ratio is 1.0; it must lie between 0 \(excluded\) and 1 \(excluded\)",
         ),
         ({"objectives.text_mask_ratio": 1.5}, "objectives.text_mask_ratio is 1.5"),
         ({"objectives.local_text.temperature": 0.0}, "objectives.local_text.temperature is 0.0; it must be positive"),
@@ -163,6 +164,19 @@ def test_an_unknown_key_is_an_error(parse, override, name):
 def test_a_value_of_the_wrong_type_is_an_error(parse, override):
     with pytest.raises((TypeError, ValueError, flags.IllegalFlagValueError)):
         parse(override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=nowhere.py"], "error: there is no config file nowhere.py"),
+        ([f"--config={QUICKSTART}", "--config.trane.steps=7"], 'error: .* not have: trane; did you mean "train"'),
+    ],
+)
+def test_the_command_answers_a_mistaken_flag_with_one_line(arguments, message):
+    command = [sys.executable, "-m", "scl_jax.main", "--workdir=nowhere", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and re.fullmatch(message + ".*\n", done.stderr), done.stderr
 
 
 def test_unknown_keys_in_a_config_file_are_errors():

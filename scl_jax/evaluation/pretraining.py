@@ -71,5 +71,7 @@ class PretrainingEvaluation(RetrievalEvaluation):
             return self._accuracies(params, batch, jax.random.fold_in(self._key, index))
 
         first, *others = queued(enumerate(examples.pairs()), run)
-        totals = {name: sum((sums[name] for sums in others), value) for name, value in first.items()}
+        totals = dict(first)
+        for sums in others:
+            totals = {name: total + sums[name] for name, total in totals.items()}
         return {name: float(value.mean()) for name, value in totals.items()}

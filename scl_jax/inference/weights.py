@@ -2,10 +2,12 @@
 
 | source | what it holds |
 |---|---|
-| a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (the running average if any) |
-| an exported PyTorch folder | model.safetensors, config.json, the tokenizer |
+| a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (or their running average), classes |
+| an exported PyTorch folder | model.safetensors, config.json, the tokenizer, classes |
 | `.ckpt`, `.pt`, `.bin`, `.safetensors` | weights under the reference's names |
 | `owner/name` or `hub:owner/name` | one of the folders on the Hugging Face hub |
+
+classes.json lists the answers of the head, where there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import active_streams
+from scl_jax.config import active_streams, default_config
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.rules import ConversionError
@@ -29,7 +31,6 @@ from scl_jax.convert.to_flax import config_of, read_torch
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.models import parameters
 from scl_jax.models.heads import Classifier
-from scl_jax.models.layers import BERT_INIT
 from scl_jax.models.scl import SCL, SCLConfig
 
 PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
@@ -81,7 +82,6 @@ def read_weights(
         has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
         named = tokenizer or (str(own) if has_own else "roberta-base")
         config = config_of(sizes, named)
-        config.model.dtype = "float32"
         config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
         config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
         _adopt(config, path)
@@ -124,7 +124,7 @@ def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> Calla
                 classes = shapes[f"{name}.out.bias"][0]
                 setattr(model, name, Classifier(width, joint, classes, precision, rngs))
         if _has("rank", shapes) and not hasattr(model, "rank"):
-            setattr(model, "rank", precision.linear(joint, 1, BERT_INIT, rngs))  # noqa: B010
+            setattr(model, "rank", precision.linear(joint, 1, precision.bert_init, rngs))  # noqa: B010
         return model
 
     return make
@@ -140,8 +140,10 @@ def _has_torch_weights(path: Path) -> bool:
 
 def _run_config(path: Path) -> ConfigDict:
     file = path / "config.json"
+    config = default_config().unlock()
     try:
-        return ConfigDict(json.loads(file.read_text()))
+        config.update(json.loads(file.read_text()))  # options younger than the run keep their default
+        return config
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
     except ValueError as error:
@@ -169,7 +171,7 @@ def _tokenizer(named: str, source: Path) -> Tokenizer:
 
 
 def _answers(path: Path) -> tuple[str, ...]:
-    file = path / "answers.json" if path.is_dir() else path.with_name("answers.json")
+    file = path / "classes.json" if path.is_dir() else path.with_name("classes.json")
     if not file.exists():
         return ()
     try:

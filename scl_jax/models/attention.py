@@ -6,6 +6,7 @@ Axes: B batch, Q queries, K keys, H heads, d width of a head, D = H·d.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def fused_attention(
     key: Float[Array, "B K H d"],
     value: Float[Array, "B K H d"],
     key_mask: Bool[Array, "B K"] | None,
-    implementation: str,
+    implementation: Literal["xla", "cudnn"],
 ) -> Float[Array, "B Q H d"]:
     """`jax.nn.dot_product_attention` on lengths padded to even numbers, which cuDNN's kernels ask for in training.
 
@@ -72,13 +73,13 @@ def fused_attention(
         jnp.full(b, keys, jnp.int32) if key_mask is None else jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
     )
     query, key, value = (even_length(x) for x in (query, key, value))
-    y = jax.nn.dot_product_attention(
+    y = jax.nn.dot_product_attention(  # pyright: ignore[reportCallIssue]  (its overloads lack the lengths)
         query,
         key,
         value,
         query_seq_lengths=jnp.full(b, queries, jnp.int32),
         key_value_seq_lengths=lengths,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=implementation,
     )
     return y[:, :queries]
 
@@ -102,12 +103,17 @@ class Projection(nnx.LinearGeneral):
         )
         self.parts, self.heads = parts, heads
 
+    def weights(self) -> tuple[Array, Array]:
+        """Kernel and bias."""
+        bias: Any = self.bias  # there is one
+        return self.kernel[...], bias[...]
+
     @jax.named_scope("qkv")
     def __call__(
         self, x: Float[Array, "... D"], first: int = 0, last: int | None = None
     ) -> tuple[Float[Array, "... H d"], ...]:
         """The parts `first` to `last` (without it), all by default."""
-        kernel, bias = (p[..., first:last, :, :].astype(self.dtype) for p in (self.kernel[...], self.bias[...]))
+        kernel, bias = (p[..., first:last, :, :].astype(self.dtype) for p in self.weights())
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # see `Linear`
         if tensor_parallel():  # heads lie on different devices, so their axis stays
             y = jnp.einsum("ri,iphd->rphd", rows, kernel)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.attention import attention_weights
-from scl_jax.models.layers import BERT_INIT, Precision, split_key
+from scl_jax.models.layers import Precision, split_key
 from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
 from scl_jax.models.stack import Stack
 
@@ -110,12 +110,12 @@ class FusionEncoder(nnx.Module):
 
     def __init__(self, config: FusionConfig, text_width: int, image_width: int, precision: Precision, rngs: nnx.Rngs):
         c = config
-        self.text_transform = precision.linear(text_width, c.width, BERT_INIT, rngs)
-        self.image_transform = precision.linear(image_width, c.width, BERT_INIT, rngs)
-        self.token_type = nnx.Param(BERT_INIT(rngs.params(), (c.token_types, c.width), precision.param_dtype))
+        self.text_transform = precision.linear(text_width, c.width, precision.bert_init, rngs)
+        self.image_transform = precision.linear(image_width, c.width, precision.bert_init, rngs)
+        self.token_type = nnx.Param(precision.bert_init(rngs.params(), (c.token_types, c.width), precision.param_dtype))
         self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
-        self.text_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
-        self.image_pooler = precision.linear(c.width, c.width, BERT_INIT, rngs)
+        self.text_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
+        self.image_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
 
     def add_types(
         self, text: Float[Array, "B L D"], image: Float[Array, "B N D"], image_type: int = IMAGE_TYPE
@@ -140,11 +140,12 @@ class FusionEncoder(nnx.Module):
         """
 
         def apply(layer: CoAttentionLayer, xy, key, wanted: Wanted | None = None):
-            return layer(*xy, text_mask, key, wanted)
+            x, y = xy
+            return layer(x, y, text_mask, key, wanted)
 
-        xy = self.add_types(text, image, image_type)
         last = None if wanted is None else partial(apply, wanted=wanted)
-        return Fused(*self.layers(xy, apply, key, last=last), frames)
+        x, y = self.layers(self.add_types(text, image, image_type), apply, key, last=last)
+        return Fused(x, y, frames)
 
     def cross_attention_maps(
         self,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from scl_jax.models.layers import BERT_INIT, Precision, gelu
+from scl_jax.models.layers import Precision, gelu
 
 UNIT_EPS = 1e-8
 
@@ -26,9 +26,9 @@ class ProjectionHead(nnx.Module):
     """`Linear(D, D) → LayerNorm → GELU → Linear(D, E)` into the contrastive space, before normalisation."""
 
     def __init__(self, width: int, out: int, precision: Precision, rngs: nnx.Rngs):
-        self.dense = precision.linear(width, width, BERT_INIT, rngs)
+        self.dense = precision.linear(width, width, precision.bert_init, rngs)
         self.norm = precision.norm(width, 1e-5, rngs)
-        self.out = precision.linear(width, out, BERT_INIT, rngs)
+        self.out = precision.linear(width, out, precision.bert_init, rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         return self.out(gelu(self.norm(self.dense(x))))
@@ -47,7 +47,7 @@ class MatchingHead(nnx.Module):
     """Joint vector → logits of (other, pair)."""
 
     def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
-        self.dense = precision.linear(2 * width, 2, BERT_INIT, rngs)
+        self.dense = precision.linear(2 * width, 2, precision.bert_init, rngs)
 
     @jax.named_scope("matching_head")
     def __call__(self, joint: Float[Array, "B J"]) -> Float[Array, "B 2"]:
@@ -58,9 +58,9 @@ class MaskedLanguageHead(nnx.Module):
     """Dense, GELU, LayerNorm, then a decoder to the vocabulary that is not tied to the embeddings."""
 
     def __init__(self, width: int, vocab_size: int, precision: Precision, rngs: nnx.Rngs):
-        self.dense = precision.linear(width, width, BERT_INIT, rngs)
+        self.dense = precision.linear(width, width, precision.bert_init, rngs)
         self.norm = precision.norm(width, 1e-12, rngs)  # BERT's epsilon
-        self.decoder = precision.linear(width, vocab_size, BERT_INIT, rngs)
+        self.decoder = precision.linear(width, vocab_size, precision.bert_init, rngs)
 
     @jax.named_scope("masked_language_head")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -71,9 +71,9 @@ class Classifier(nnx.Module):
     """`Linear → LayerNorm → GELU → Linear`, the head of VQA, NLVR2 and SNLI-VE."""
 
     def __init__(self, width: int, hidden: int, classes: int, precision: Precision, rngs: nnx.Rngs):
-        self.dense = precision.linear(width, hidden, BERT_INIT, rngs)
+        self.dense = precision.linear(width, hidden, precision.bert_init, rngs)
         self.norm = precision.norm(hidden, 1e-5, rngs)
-        self.out = precision.linear(hidden, classes, BERT_INIT, rngs)
+        self.out = precision.linear(hidden, classes, precision.bert_init, rngs)
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
         return self.out(gelu(self.norm(self.dense(x))))

@@ -17,15 +17,19 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from scl_jax.models.dropout import dropout
 
-BERT_INIT = nnx.initializers.normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Types of one model: `dtype` of activations, `param_dtype` of weights."""
+    """Types of one model: `dtype` of activations, `param_dtype` of weights; `initializer_range` as in BERT."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    initializer_range: float = 0.02
+
+    @property
+    def bert_init(self) -> Callable:
+        """Initial weights of text, fusion and heads."""
+        return nnx.initializers.normal(self.initializer_range)
 
     def linear(self, d_in: int, d_out: int, init: Callable, rngs: nnx.Rngs, use_bias: bool = True) -> Linear:
         return Linear(
@@ -96,11 +100,11 @@ class FeedForward(nnx.Module):
         activation: Callable,
         precision: Precision,
         rngs: nnx.Rngs,
-        up_init: Callable = BERT_INIT,
-        down_init: Callable = BERT_INIT,
+        up_init: Callable | None = None,
+        down_init: Callable | None = None,
     ):
-        self.up = precision.linear(width, hidden, up_init, rngs)
-        self.down = precision.linear(hidden, width, down_init, rngs)
+        self.up = precision.linear(width, hidden, up_init or precision.bert_init, rngs)
+        self.down = precision.linear(hidden, width, down_init or precision.bert_init, rngs)
         self.activation = activation
 
     @jax.named_scope("mlp")

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.attention import Projection, attend, merge_heads
-from scl_jax.models.layers import BERT_INIT, FeedForward, Precision, Residual, gather_tokens, gelu, split_key
+from scl_jax.models.layers import FeedForward, Precision, Residual, gather_tokens, gelu, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,11 @@ class PostNormAttention(nnx.Module):
     def __init__(self, config: PostNormConfig, cross: bool, precision: Precision, rngs: nnx.Rngs):
         c = config
         if cross:
-            self.query = Projection(c.width, 1, c.heads, BERT_INIT, precision, rngs)
-            self.key_value = Projection(c.width, 2, c.heads, BERT_INIT, precision, rngs)
+            self.query = Projection(c.width, 1, c.heads, precision.bert_init, precision, rngs)
+            self.key_value = Projection(c.width, 2, c.heads, precision.bert_init, precision, rngs)
         else:
-            self.qkv = Projection(c.width, 3, c.heads, BERT_INIT, precision, rngs)
-        self.out = precision.linear(c.width, c.width, BERT_INIT, rngs)
+            self.qkv = Projection(c.width, 3, c.heads, precision.bert_init, precision, rngs)
+        self.out = precision.linear(c.width, c.width, precision.bert_init, rngs)
         self.residual = Residual(c.width, c.epsilon, c.dropout, precision, rngs)
         self.cross = cross
         self.attention_dropout, self.implementation = c.attention_dropout, c.attention

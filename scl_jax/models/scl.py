@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder, Wanted, global_tokens
 from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
-from scl_jax.models.layers import BERT_INIT, Precision
+from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig, TextEncoder
 from scl_jax.models.vision import VisionConfig, VisionEncoder
 
@@ -127,5 +127,5 @@ def _make_head(name: str, config: SCLConfig, rngs: nnx.Rngs) -> nnx.Module:
         case "entailment":
             return Classifier(joint, joint, 3, precision, rngs)
         case "rank":
-            return precision.linear(joint, 1, BERT_INIT, rngs)
+            return precision.linear(joint, 1, precision.bert_init, rngs)
     raise ValueError(f"unknown head {name!r}")

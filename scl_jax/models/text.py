@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.dropout import dropout
-from scl_jax.models.layers import BERT_INIT, Precision, split_key
+from scl_jax.models.layers import Precision, split_key
 from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
 from scl_jax.models.stack import Stack
 from scl_jax.partition import split_batch, whole
@@ -56,7 +56,7 @@ class TextEncoder(nnx.Module):
                 c.width,
                 dtype=precision.dtype,
                 param_dtype=precision.param_dtype,
-                embedding_init=BERT_INIT,
+                embedding_init=precision.bert_init,
                 rngs=rngs,
             )
 

@@ -39,7 +39,8 @@ def info_nce(
     parts = number_of_parts(math.prod(weight.shape) * weight.shape[-1] // batch_shards(), weight.shape[-1], at_once)
     if parts == 1:
         logits = similarities(anchors, targets) / temperature
-        diagonal = jnp.diagonal(logits, axis1=-2, axis2=-1)
+        # not jnp.diagonal: that gathers, and where rows lie on many devices its indices travel
+        diagonal = jnp.sum(jnp.where(jnp.eye(logits.shape[-1], dtype=bool), logits, 0.0), axis=-1)
         lowest = jnp.finfo(logits.dtype).min
         by_row = jax.nn.logsumexp(jnp.where(real[..., None, :], logits, lowest), axis=-1)
         by_column = jax.nn.logsumexp(jnp.where(real[..., :, None], logits, lowest), axis=-2)

@@ -8,7 +8,8 @@
     results.json      the final evaluation
 
 Names: `loss/<objective>` and `loss/total`, `accuracy/<objective>`, `learning_rate`, `speed/examples_per_second`,
-`speed/data_wait` and `speed/mfu` (shares from 0 to 1). A stream may come between: `loss/videos/contrastive`.
+`speed/data_wait` and `speed/mfu` (shares from 0 to 1), `skipped_updates` (how many since the last
+line). A stream may come between: `loss/videos/contrastive`.
 Evaluations keep the names of results.json: `matching/accuracy`, `retrieval/text_to_image/recall@1`.
 """
 
@@ -42,7 +43,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from scl_jax.training.nonfinite import SKIPPED
 from scl_jax.training.records import JsonLines, write_json
+from scl_jax.training.tensorboard import EventFile
 
 Metrics = Mapping[str, Any]  # name → number: Python, NumPy or a JAX scalar
 
@@ -105,11 +108,7 @@ class RunLog:
         if resume_step is not None:
             self.truncate_after(resume_step)
         if tensorboard:
-            from tensorboardX import SummaryWriter  # only where wanted: it takes a second to import
-
-            self._events = SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
-            )
+            self._events = EventFile(self.workdir / "tensorboard", resume_step)
         if wandb_project:
             self._wandb = _start_wandb(wandb_project, self.workdir)
         if console:
@@ -140,8 +139,7 @@ class RunLog:
             if part:
                 file.append({"step": step, **part})
         if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, step)
+            self._events.write(step, numbers)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._display is not None:
@@ -160,7 +158,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Prints one line above the live display, such as "resumed from step 400"."""
         if self._display is not None:
-            self._display.console.print(message, markup=False, highlight=False)
+            self._display.console.print(message, soft_wrap=True, markup=False, highlight=False)
 
     def results(self, results: Metrics) -> None:
         """Writes results.json, ends the live display, and prints a table: the outcome, so also with the console off."""
@@ -188,8 +186,12 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise  # else the first error tells more
 
 
 def write_results(workdir: Path | str, results: Metrics) -> Path:
@@ -278,7 +280,7 @@ class _Display:
             self._live.start()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        numbers = {name: value for name, value in numbers.items() if is_headline(name)}
+        numbers = {name: x for name, x in numbers.items() if is_headline(name) and (x or name != SKIPPED)}
         self.status(step, numbers)
         if self._live is None:
             line = f"step {step:{len(str(self._total))}d}/{self._total}  {plain_line(numbers)}"

@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,6 +21,7 @@ from scl_jax.training.checkpoint import Checkpoints
 from scl_jax.training.distributed import CompiledTogether
 from scl_jax.training.flops import count_flops, peak_flops
 from scl_jax.training.logging import RunLog
+from scl_jax.training.nonfinite import SKIPPED, Dispatched, Guard, NonFiniteError
 from scl_jax.training.sharding import global_batch
 from scl_jax.training.state import TrainState
 from scl_jax.types import FIELDS, Batch
@@ -53,7 +54,8 @@ class Schedule:
 class Window:
     """Sums of metrics since the last line of the log, by stream; part of a checkpoint, so that resuming is exact.
 
-    Metrics wait on the device as arrays and are summed on the host, in order, only when somebody asks.
+    Metrics wait on the device as arrays and are summed on the host, in order, only when somebody asks. Of a step whose
+    update was skipped only that is counted: means are over the others.
     """
 
     def __init__(self, state: dict[str, list[float]] | None = None):
@@ -67,7 +69,11 @@ class Window:
     def state(self) -> dict[str, list[float]]:
         """Sum and count of every metric, named "loss/<stream>/<objective>"."""
         for stream, metrics in self._waiting:
-            for name, value in jax.device_get(metrics).items():
+            values = jax.device_get(metrics)
+            skipped = float(values.pop(SKIPPED, 0.0))
+            total = self._sums.setdefault(SKIPPED, [0.0, 1.0])  # a number of steps, not a mean
+            total[0] += skipped
+            for name, value in ({} if skipped else values).items():
                 kind, _, rest = name.partition("/")
                 pair = self._sums.setdefault(f"{kind}/{stream}/{rest}" if rest else name, [0.0, 0.0])
                 pair[0] += float(value)
@@ -82,25 +88,35 @@ class Window:
         return means
 
 
+class Fed(NamedTuple):
+    """A batch on the device, and the state of the data iterator before and after it."""
+
+    stream: str
+    batch: Batch
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
 class Feed:
-    """The next batch on the device, with the place of the data iterator after it and the seconds spent waiting."""
+    """The next batch on the device, and the seconds spent waiting for it."""
 
     def __init__(self, iterator: Any, mesh: Mesh):
         self._iterator, self._mesh = iterator, mesh
         self.waited = 0.0
-        self._next: tuple[str, Batch, dict[str, Any]] | None = None
+        self._next: Fed | None = None
 
     def fetch(self) -> None:
         """Gets the batch that the next call of `take` returns."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._iterator.get_state()
         arrays = next(self._iterator)
         self.waited += time.perf_counter() - start
         stream = arrays.pop("stream")
         fields = {name: arrays[name] for name in FIELDS if name in arrays}
-        self._next = (stream, Batch(**global_batch(fields, self._mesh)), self._iterator.get_state())
+        batch = Batch(**global_batch(fields, self._mesh))
+        self._next = Fed(stream, batch, before, self._iterator.get_state())
 
-    def take(self) -> tuple[str, Batch, dict[str, Any]]:
-        """(stream, batch, state of the iterator after this batch)."""
+    def take(self) -> Fed:
+        """The next batch."""
         if self._next is None:
             self.fetch()
         assert self._next is not None
@@ -187,6 +203,7 @@ def train(
     log: RunLog,
     evaluate: Evaluate,
     window: Window,
+    guard: Guard,
     compile_timeout: int,
 ) -> tuple[TrainState, bool]:
     """Trains from `state.step` to `schedule.steps`.
@@ -196,31 +213,33 @@ def train(
         iterator: of the data set, standing behind the last batch that `state` has seen.
         evaluate: the metrics of a state, for the log and the choice of the best checkpoint.
         window: metrics since the last line of the log, from the checkpoint.
+        guard: counts the steps that were not finite.
         compile_timeout: seconds that processes wait for each other's compilers.
 
     Returns:
         The last state, and whether training is complete (False after SIGTERM: saved, to be continued).
+
+    Raises:
+        NonFiniteError: too many steps in a row were not finite; its `state` is the last one.
     """
     feed = Feed(iterator, mesh)
     speed = Speed(feed, step_function, mesh)
     number = int(state.step)
-    in_flight: list[Any] = []
     compiled_together = CompiledTogether(compile_timeout)
     with StopRequest() as stop:
         while number < schedule.steps:
             if number == schedule.profile[0] and schedule.profile[1] > 0:
                 jax.profiler.start_trace(str(log.workdir / "profile"))
-            stream, batch, place = feed.take()
+            stream, batch, before, after = feed.take()
             compiled_together(step_function, state, batch, task.active(number))
             state, metrics = step_function(state, batch, task.active(number))
             number += 1
             window.add(stream, metrics)
+            guard.add(Dispatched(number, stream, before, batch.item_id, metrics))
             speed.add(state, batch, task.active(number - 1))
-            in_flight.append(metrics["loss/total"])
             if number < schedule.steps:
                 feed.fetch()
-            if len(in_flight) > 1:
-                jax.block_until_ready(in_flight.pop(0))
+            _settle(guard, state, leave=1)
             if number == schedule.profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -233,10 +252,20 @@ def train(
                 log.write(number, results)
             stopping = stop.stops_after(number)
             if schedule.saves(number) or stopping:
-                checkpoints.save(number, state, {"data": place, "window": window.state()}, results)
+                _settle(guard, state)
+                progress = {"data": after, "window": window.state(), "skipped_in_row": guard.in_row}
+                checkpoints.save(number, state, progress, results)
             if results or stopping:
                 speed.reset()
             if stopping:
                 break
     checkpoints.wait()
     return state, number >= schedule.steps
+
+
+def _settle(guard: Guard, state: TrainState, leave: int = 0) -> None:
+    try:
+        guard.settle(leave)
+    except NonFiniteError as error:
+        error.state = state
+        raise

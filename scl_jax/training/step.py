@@ -4,6 +4,8 @@ Gradient accumulation is exact: masks are drawn for the whole batch, means are t
 losses that compare the whole batch see all of it. A first pass over the micro-batches collects the compared vectors,
 the gradient of the losses by these vectors is taken once, and a second pass carries it into the network.
 
+A step whose loss or gradient is not finite leaves parameters and optimizer as they are (training/nonfinite.py).
+
 Axes: B batch, A micro-batches, G samples of a group.
 """
 
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Key
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 from scl_jax.tasks.task import Outputs, Task, WholeBatch
+from scl_jax.training.nonfinite import SKIPPED, keep_where_finite
 from scl_jax.training.optimizer import global_norm
 from scl_jax.training.state import TrainState
 from scl_jax.types import Batch, LossSum
@@ -120,7 +123,9 @@ def make_step(
 ) -> Callable[[TrainState, Batch, tuple[str, ...]], tuple[TrainState, Metrics]]:
     """The function (state, batch, active objectives) → (state, metrics); jit it with `active` static.
 
-    All randomness comes from (seed, step, name): a resumed or differently sharded run draws the same.
+    All randomness comes from (seed, step, name): a resumed or differently sharded run draws the same. Where the loss or
+    the norm of the gradient is not finite, parameters, moments and average stay as they were, to the bit; the number of
+    the step, and with it the learning rate, moves on. The metric "skipped_updates" is then 1.
     """
 
     def step(state: TrainState, batch: Batch, active: tuple[str, ...]) -> tuple[TrainState, Metrics]:
@@ -133,16 +138,20 @@ def make_step(
             gradient, outputs = whole_batch_gradient(*arguments)
         else:
             gradient, outputs = accumulated_gradient(*arguments, accumulate)
+        total, norm = weighted_total(outputs.losses, weights), global_norm(gradient)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             params = task.constrain(params)
-        average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+            average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+            old = (state.params, state.opt_state, state.ema)
+            params, opt_state, average = keep_where_finite(finite, (params, opt_state, average), old)
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}
-        metrics["loss/total"] = weighted_total(outputs.losses, weights)
-        metrics["gradient_norm"] = global_norm(gradient)
+        metrics["loss/total"], metrics["gradient_norm"] = total, norm
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
+        metrics[SKIPPED] = 1.0 - finite
         if "contrastive" in params:
             metrics["temperature"] = params["contrastive"]["temperature"]
         return TrainState(state.step + 1, params, opt_state, average), metrics

@@ -1,8 +1,16 @@
-"""The best checkpoint is kept, and known after a restart."""
+"""The best checkpoint is kept, and known after a restart; what is damaged is not taken for whole."""
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.checkpoint import CheckpointError, Checkpoints, abstract_state, no_space
 from scl_jax.training.state import TrainState
 
 
@@ -29,3 +37,133 @@ def test_the_best_checkpoint_survives_later_ones_and_a_restart(tmp_path):
 def test_without_an_evaluation_there_is_no_best_checkpoint(tmp_path):
     save(Checkpoints(tmp_path, best_metric="accuracy"), {1: None})
     assert Checkpoints(tmp_path, best_metric="accuracy").best() is None
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+DAMAGES = {
+    "data cut short": lambda step: cut(largest(step / "state"), 0.5),
+    "data empty": lambda step: cut(largest(step / "state"), 0),
+    "data zero": lambda step: zeros(largest(step / "state")),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+    "half of state gone": lambda step: [path.unlink() for path in (step / "state").glob("[_a-m]*") if path.is_file()],
+    "progress gone": lambda step: shutil.rmtree(step / "progress"),
+    "progress cut short": lambda step: cut(step / "progress" / "metadata", 0.5),
+    "metrics cut short": lambda step: cut(step / "metrics" / "metrics", 0.5),
+    "description gone": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "description empty": lambda step: cut(step / "_CHECKPOINT_METADATA", 0),
+    "all gone but the folder": lambda step: [shutil.rmtree(x) if x.is_dir() else x.unlink() for x in step.iterdir()],
+}
+
+
+def state_of(step: int) -> TrainState:
+    return TrainState(jnp.asarray(step, jnp.int32), {"x": jax.random.normal(jax.random.key(step), (300, 50))}, ())
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    """Checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep_latest=3, best_metric="accuracy")
+    for step in (2, 4, 6):
+        checkpoints.save(step, state_of(step), {"data": step}, {"accuracy": 0.1 * step})
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+def copied(three: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(three, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_read_is_set_aside_and_the_one_before_taken(three, tmp_path, damage):
+    folder = copied(three, tmp_path)
+    DAMAGES[damage](folder / "6")
+    checkpoints = Checkpoints(folder, keep_latest=3, best_metric="accuracy")
+    state, progress = checkpoints.restore(abstract_state(state_of(0)))
+    assert int(state.step) == 4 and progress == {"data": 4}
+    np.testing.assert_array_equal(state.params["x"], state_of(4).params["x"])
+    (note,) = checkpoints.notes
+    assert note.startswith("checkpoint 6 cannot be read (") and note.endswith(
+        f"set aside in {tmp_path}/broken_checkpoints"
+    )
+    assert (tmp_path / "broken_checkpoints/6").is_dir() and checkpoints.best() == 4
+    checkpoints.save(6, state_of(6), {"data": 6}, {"accuracy": 0.6})  # its place is free
+    checkpoints.wait()
+    assert int(Checkpoints(folder).restore(abstract_state(state_of(0)))[0].step) == 6
+
+
+@pytest.mark.parametrize("damage", ["data empty", "state gone"])
+def test_where_nothing_can_be_read_that_is_an_error_and_nothing_is_begun_anew(three, tmp_path, damage):
+    folder = copied(three, tmp_path)
+    for step in (2, 4, 6):
+        DAMAGES[damage](folder / str(step))
+    with pytest.raises(CheckpointError, match="no checkpoint of .* can be read; the last one tried: step [26] "):
+        Checkpoints(folder).restore(abstract_state(state_of(0)))
+    assert list(folder.glob("[0-9]*"))
+
+
+def test_a_named_checkpoint_is_not_replaced_by_another(three, tmp_path):
+    folder = copied(three, tmp_path)
+    DAMAGES["data empty"](folder / "4")
+    with pytest.raises(CheckpointError, match="checkpoint 4 of .* cannot be read"):
+        Checkpoints(folder).restore(abstract_state(state_of(0)), 4)
+
+
+def test_reading_only_touches_nothing(three, tmp_path):
+    """Not even what a running save has written so far."""
+    folder = copied(three, tmp_path)
+    (folder / "8.orbax-checkpoint-tmp").mkdir()
+    DAMAGES["state gone"](folder / "6")
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    checkpoints = Checkpoints(folder, read_only=True)
+    assert checkpoints.newest_before(6) == 4
+    assert int(checkpoints.restore(abstract_state(state_of(0)), 4)[0].step) == 4
+    checkpoints.close()
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
+def test_the_checkpoint_before_a_step_is_kept_for_its_replay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_latest=1)
+    for step in range(1, 4):
+        checkpoints.save(step, state_of(step), {})
+    checkpoints.keep_before(4)
+    for step in range(4, 8):
+        checkpoints.save(step, state_of(step), {})
+    checkpoints.wait()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 7]
+
+
+def test_a_step_that_is_not_after_the_newest_is_an_error(three, tmp_path):
+    with pytest.raises(CheckpointError, match="holds step 6; step 5 is not after it"):
+        Checkpoints(copied(three, tmp_path)).save(5, state_of(5), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+        (ValueError("write failed: Disk quota exceeded [OS error 122: EDQUOT]"), "the quota is used up"),
+        (OSError(errno.EACCES, "no"), ""),
+    ],
+    ids=str,
+)
+def test_a_lack_of_space_is_found_behind_other_errors(error, said):
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("could not save") from cause
+    except RuntimeError as last:
+        assert no_space(last) == no_space(error) == said

@@ -1,0 +1,60 @@
+"""What a config names outside of itself: is it there? Looked at before the first compilation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+from ml_collections import ConfigDict
+
+from scl_jax.config import active_streams
+from scl_jax.convert.sources import locate
+from scl_jax.data.builders import open_source
+
+T = TypeVar("T")
+MODES = ("train", "evaluate", "replay")
+
+
+def tried(problems: list[str], make: Callable[[], T], default: T) -> T:
+    """What `make` returns; where something is missing or wrong, the default, and one problem more."""
+    try:
+        return make()
+    except (FileNotFoundError, ValueError) as error:
+        problems.append(str(error))
+        return default
+
+
+def missing(config: ConfigDict, mode: str, continued: bool) -> list[str]:
+    """What is not there of data sets, weights and packages that a run in this mode will ask for, soon or at its end.
+
+    continued: whether the work directory holds a checkpoint, so that `config.init` is not read.
+    """
+    problems: list[str] = []
+    whole = config.data.bad_records == "fail"  # else a broken shard is among what is left out
+    for name, split in _splits(config, mode):
+        tried(problems, lambda name=name, split=split: open_source(name, split, config.data.dir, whole=whole), None)
+    for option, source in () if continued else config.init.items():
+        if source:
+            found: list[str] = []
+            tried(found, lambda source=source: locate(source), None)
+            problems += [f"init.{option}: {problem}" for problem in found]
+    project = config.log.wandb_project
+    if project and importlib.util.find_spec("wandb") is None:
+        problems.append(f"log.wandb_project={project!r} needs wandb: pip install wandb, or leave it empty")
+    return list(dict.fromkeys(problems))
+
+
+def _splits(config: ConfigDict, mode: str) -> list[tuple[str, str]]:
+    """(data set, split) of all that is read."""
+    e, found = config.evaluate, []
+    for stream in active_streams(config):
+        datasets = [name for name in config.data[stream].datasets if name]
+        evaluated = [name for name in config.data[stream].evaluation_datasets if name] or datasets
+        if mode in ("train", "replay"):
+            found += [(name, "train") for name in datasets]
+        if mode == "train" and e.every:
+            found += [(name, e.split) for name in evaluated]
+        if mode in ("train", "evaluate"):
+            found += [(name, e.final_split) for name in evaluated]
+    return found

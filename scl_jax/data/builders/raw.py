@@ -196,7 +196,9 @@ class RawPreparation:
         if problems and (emptied or not self._skip_broken):
             raise BrokenRecordsError(problems, sum(usable.values()), emptied)
         if emptied:
-            raise ValueError(f"{self._dataset.name}: {self._source} holds nothing of split {', '.join(emptied)}")
+            left = "; ".join(f"{count:,} {note}" for part in emptied for note, count in written[part]["notes"].items())
+            why = f" but what is left out ({left})" if left else ""
+            raise ValueError(f"{self._dataset.name}: {self._source} holds nothing of split {', '.join(emptied)}{why}")
         self._join(parts, written, read.classes)
         shutil.rmtree(parts)
 

@@ -285,6 +285,13 @@ def test_empty_questions_and_questions_without_annotation_are_named(tree, tmp_pa
     assert "8, question 30: empty question" in found
 
 
+def test_answers_outside_the_vocabulary_are_counted(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(vqav2, "AT_LEAST", 9)  # no answer of a miniature is that common
+    message = r"holds nothing of split train but what is left out \(\d questions none of whose answers is in the voc"
+    with pytest.raises(ValueError, match=message):
+        prepare("vqav2/questions", tmp_path / "out", source=str(tree("vqav2/questions")), splits=["train"])
+
+
 def test_a_label_that_is_none_is_named(tree, tmp_path):
     for name, split, file, wrong in (
         ("nlvr2/statements", "dev", "data/dev.json", ('"True"', '"Maybe"', "label 'Maybe' is neither True nor False")),

@@ -44,8 +44,8 @@ def is_toy(variant: str) -> bool:
 def toy(task: str, metric: str, dataset: str) -> ConfigDict:
     """The task on the toy world, from the quickstart's checkpoint and with its network, in CPU minutes.
 
-    Rates are low for what is pre-trained and high for the new head: at the rate of pre-training, the head's first
-    gradients spoil the encoders (benchmarks/RESULTS.md).
+    Rates are low for what is pre-trained and high for the new head: at the rate of pre-training, what was learned is
+    lost (benchmarks/RESULTS.md).
     """
     config = toy_world()
     config.task = task

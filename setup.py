@@ -41,13 +41,17 @@ EXTRAS = {
     "torch": ["torch>=2.6"],  # reading and writing PyTorch checkpoints
     "wandb": ["wandb>=0.19"],
     "search": ["faiss-cpu>=1.9"],  # scl_jax.search above a million items
+    "demo": ["gradio>=6.31,<7"],  # the web page
     "dev": [
         "beartype>=0.20",
         "faiss-cpu>=1.9",
+        "gradio>=6.31,<7",
         "hypothesis>=6",
         "ipykernel>=6.29",  # the tests run the notebooks
         "jupytext>=1.17",
         "nbclient>=0.10",
+        "pip-audit>=2.7",
+        "playwright>=1.55",  # drives the web page in a browser that is installed already
         "pre-commit>=4",
         "pyright[nodejs]>=1.1.400",
         "pytest>=9,<10",
@@ -66,6 +70,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["scl_jax", "scl_jax.*"]),
+    package_data={"scl_jax.demo": ["style.css"]},
     python_requires=">=3.11,<3.13",
     install_requires=RUNTIME,
     extras_require=EXTRAS,

@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"), help="of ours")
+    parser.add_argument("--unroll", type=int, default=1, help="layers a turn of ours' loops")
     parser.add_argument("--dropout", type=float, default=0.1, help="of both, 0.1 is the paper's")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores of either side")
     parser.add_argument("--repeats", type=int, default=5)
@@ -63,7 +64,8 @@ def load_config(options: argparse.Namespace) -> Any:
     spec.loader.exec_module(module)
     config = module.get_config()
     config.debug = options.debug
-    config.model.update(remat=options.remat, dropout=options.dropout, attention_dropout=options.dropout)
+    config.model.update(remat=options.remat, unroll=options.unroll)
+    config.model.update(dropout=options.dropout, attention_dropout=options.dropout)
     config = complete(config, options.stream, options.batch)
     config.model.dtype = options.dtype
     return config
@@ -132,6 +134,8 @@ class Side:
         environment = os.environ | {
             "JAX_PLATFORMS": device if name == "ours" else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
+            # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
         }
         command = [sys.executable, str(Path(__file__)), *argv, f"--worker={name}"]

@@ -43,6 +43,9 @@ for stream in images videos; do
   part "step_$stream" 75 env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" "$python" -m scl_jax.benchmark step \
     --config="$config" --stream="$stream" --batch="$step_batch" --repeats="$repeats" "${model[@]}" --json="$out/step_$stream.json"
 done
+# text and fusion have attention dropout, which cuDNN's kernels cannot draw anew at every step: what it costs
+part step_without_attention_dropout 75 "$python" -m scl_jax.benchmark step --config=configs/pretrain_image.py --noprofile \
+  --batch="$step_batch" --repeats="$repeats" "${model[@]}" --config.model.attention_dropout=0.0 --json="$out/step_no_dropout.json"
 part gpu_tests 75 env JAX_PLATFORMS="$test_platforms" "$python" -m pytest -q -m gpu "${tests[@]}"
 
 for stream in images videos; do

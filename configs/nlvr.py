@@ -4,7 +4,7 @@ The true statements of NLVR (Suhr et al., ACL 2017) as captions of its pictures,
 trains in CPU minutes. Prepare it first; statements about one scene stay in one split:
 
     python -m scl_jax.data.prepare --dataset=own_data/nlvr --captions=nlvr/dev/dev.json --format=nlvr \
-        --media=nlvr/dev/images --out=data --train_tokenizer=data/nlvr_tokenizer --vocab_size=1000
+        --media=nlvr/dev/images --out=data --test=0.15 --train_tokenizer=data/nlvr_tokenizer --vocab_size=1000
 
 The 400×100 px pictures become squares; the statements name colours, counts and places, which survives that.
 """
@@ -18,8 +18,8 @@ def get_config():
     data.tokenizer = "data/nlvr_tokenizer"
     data.images.update(datasets=("own_data/nlvr",), batch_size=64, image_size=112)
 
-    begin_later(config, fusion=600, completion=850, ramp=50)
-    config.optimizer.learning_rate = 1e-3
-    config.train.update(steps=1000, checkpoint_every=250)
+    begin_later(config, fusion=100, completion=700, ramp=50)
+    config.optimizer.update(learning_rate=1e-3, decay="cosine")
+    config.train.update(steps=800, checkpoint_every=200)
     config.evaluate.equal_captions = True  # six pictures share a statement
     return config

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every check of this repository, from a fresh clone:  bash launch/test.sh [arguments for pytest, such as -m slow]
 # Sets up .venv (kept and reused while the requirements stay the same), then lint, format, types and tests with coverage.
+# Known vulnerabilities of the pinned versions are a warning, for at most half a minute.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source launch/environment.sh
@@ -33,6 +34,8 @@ check() { # check NAME COMMAND...: runs it, times it, remembers whether it passe
   summary+=$(printf '%-8s %s (%d s)' "$name" "$verdict" $((SECONDS - start)))$'\n'
 }
 
+echo "── audit"
+python launch/audit.py
 check lint ruff check .
 check format ruff format --check .
 check types pyright --pythonpath .venv/bin/python

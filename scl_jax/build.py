@@ -36,7 +36,7 @@ from scl_jax.training.step import make_step
 def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
     """Sizes and types of the network."""
     m = config.model
-    shared = {"remat": m.remat}
+    shared = {"remat": m.remat, "unroll": m.unroll, "attention": attention(config)}
     rates = {"dropout": m.dropout, "attention_dropout": m.attention_dropout}
     return SCLConfig(
         vision=VisionConfig(**m.vision, **shared),
@@ -48,6 +48,14 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
         heads=HEADS[config.task],
         answers=m.answers,
     )
+
+
+def attention(config: ConfigDict) -> str:
+    """How attention is computed, "xla" or "cudnn": "auto" takes cuDNN's kernels on a GPU in bfloat16."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    on_gpu = jax.default_backend() == "gpu"
+    return "cudnn" if on_gpu and config.model.dtype == "bfloat16" else "xla"
 
 
 def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:

@@ -36,6 +36,7 @@ from scl_jax import build
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.models import parameters
+from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
 from scl_jax.training.flops import count_flops
 from scl_jax.training.hlo import Program
@@ -90,6 +91,7 @@ def tpu_devices(topology: str) -> list[Any]:
     Raises:
         ValueError: libtpu is missing, or knows no such slice.
     """
+    roomy_stacks()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the metadata server of a TPU VM
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # others may compile at the same time; no chip is held
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

@@ -31,6 +31,8 @@ def default_config() -> ConfigDict:
     config.optimizer = _optimizer()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all devices that the others leave
     config.distributed = _distributed()
+    # where compiled programs are kept for the next run; $JAX_COMPILATION_CACHE_DIR goes first; empty: nowhere
+    config.compilation_cache = "~/.cache/scl_jax/xla"
     config.train = _train()
     config.evaluate = _evaluate()
     config.log = _log()
@@ -66,6 +68,9 @@ def _model() -> ConfigDict:
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
+            # auto | xla | cudnn: fused kernels for GPUs, in bfloat16, where there is no attention dropout
+            "attention": "auto",
+            "unroll": 1,  # layers that a turn of the loop over layers holds: faster steps, longer compilation
         }
     )
 
@@ -144,6 +149,8 @@ def _data() -> ConfigDict:
             "videos": _stream(batch_size=1024, frames=4, image_size=224, share=0.0),
             "threads": 8,
             "prefetch": 4,  # whole batches kept ready
+            "bad_records": "fail",  # fail | skip (look at all records first, leave out and list what cannot be used)
+            "max_skipped_share": 0.01,  # of the records of a split; more are an error
         }
     )
 
@@ -204,7 +211,7 @@ def _evaluate() -> ConfigDict:
             "final_split": "test",  # at the end, and with --mode=evaluate
             "max_items": 0,  # of a gallery; 0: the whole split
             "equal_captions": False,  # a caption finds every item with the same caption; published recalls: its own
-            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the best on `split` counts
+            "matching_weights": (1.0,),  # of log P(pair) in zero-shot scores; of several, the clearly best on `split`
             "rerank": 128,  # candidates of a query re-scored with the fusion encoder; 0: contrastive only
             "all_pairs": False,  # re-score every pair, as the reference does
             "best": False,  # at the end: the best checkpoint by train.best_metric, not the last
@@ -269,11 +276,14 @@ MAY_CHANGE = (
     "init",  # only step 0 looks at it
     "mesh",
     "distributed",
+    "compilation_cache",
     "log",
     "evaluate",
     "data.dir",
     "data.threads",
     "data.prefetch",
+    "data.bad_records",  # another order of examples from there on, which the log says
+    "data.max_skipped_share",
     "train.checkpoint_every",
     "train.keep_latest",
     "train.keep_best",
@@ -282,6 +292,8 @@ MAY_CHANGE = (
     "train.profile_steps",
     "model.remat",
     "model.initializer_range",  # only step 0 looks at it
+    "model.attention",
+    "model.unroll",
 )
 
 

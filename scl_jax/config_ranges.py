@@ -94,10 +94,12 @@ NAMES = Values(TEXT, None, "it must be names of data sets, such as ('toy_world/i
 # a pattern of dotted names → what they may be; the first that matches counts
 RULES: tuple[tuple[str, Any], ...] = (
     (r"task|init\.\w+|data\.(dir|tokenizer)|evaluate\.(final_)?split|train\.best_metric|log\.wandb_project", TEXT),
+    (r"compilation_cache", TEXT),
     (r"debug|reference_behaviour\.\w+|evaluate\.(equal_captions|all_pairs|best)|log\.(tensorboard|console)", SWITCH),
     (r"seed", NOT_NEGATIVE),
     (r"model\.remat", Choice(("none", "dots", "full"))),
     (r"model\.dtype", Choice(("float32", "bfloat16"))),
+    (r"model\.attention", Choice(("auto", "xla", "cudnn"))),
     (r"model\.(answers)", NOT_NEGATIVE),
     (r"model\.(attention_)?dropout", DECAY),
     (r"model\.(initial_temperature|initializer_range)", POSITIVE),
@@ -112,6 +114,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"data\.text_length", Range(3, hint="it must be at least 3 (<s>, a token, </s>)")),
     (r"data\.prefetch", NOT_NEGATIVE),
     (r"data\.threads", COUNT),
+    (r"data\.bad_records", Choice(("fail", "skip"))),
+    (r"data\.max_skipped_share", Range(0, 1, open_high=True, hint="it is a share from 0 to below 1")),
     (r"data\.\w+\.(evaluation_)?datasets", NAMES),
     (r"data\.\w+\.share", Range(0, hint="it is a share of the steps; 0 switches the stream off")),
     (r"data\.\w+\.(batch_size|frames|image_size)", COUNT),

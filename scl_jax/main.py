@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from scl_jax.tpu_compiler import roomy_stacks
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
@@ -27,6 +31,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from scl_jax.training import distributed  # after the flags, so that --help is instant
 
+    roomy_stacks()
     try:
         explicit = distributed.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         wait = _CONFIG.value.distributed
@@ -43,9 +48,11 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    from scl_jax.compilation_cache import keep_compiled
     from scl_jax.session import Session
     from scl_jax.training.checkpoint import no_space
 
+    keep_compiled(_CONFIG.value.compilation_cache)
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
         if _MODE.value == "evaluate":
@@ -58,5 +65,23 @@ def _run() -> None:
         sys.exit(f"error: {error}{then}")
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser of flags; a config file or an option of it that there is not ends the program with one line."""
+    for argument in arguments[1:]:
+        name, _, value = argument.partition("=")
+        file = value.partition(":")[0]
+        if name.lstrip("-") == "config" and file and not Path(file).exists():
+            sys.exit(f"error: there is no config file {file}")
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:
+        # an override; a mistake within the config file keeps its traceback
+        if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        said = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        said = said.replace("\\'", "").replace("'", "").replace(" Did", "; did")
+        sys.exit(f"error: an option that the config does not have: {said} (scl_jax/config.py lists all)")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

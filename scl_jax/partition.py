@@ -26,6 +26,18 @@ def split_batch(tree: Any) -> Any:
     return tree if mesh.empty else jax.tree.map(lambda x: _split(x, mesh), tree)
 
 
+def batch_shards() -> int:
+    """Over how many devices samples are split; 1 without a mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _size(mesh, BATCH_AXES)
+
+
+def tensor_parallel() -> bool:
+    """Whether the mesh in force splits heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1
+
+
 def whole(x: jax.Array) -> jax.Array:
     """`x` on every device: a table that rows are looked up in is gathered once, its rows are not sent about."""
     mesh = jax.sharding.get_abstract_mesh()

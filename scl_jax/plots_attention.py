@@ -68,7 +68,7 @@ def attention_sheet(
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"{path}: pictures are written as {', '.join(_FORMATS)}")
-    maps = [(ALL, attention.overall), *_chosen(attention, words)]
+    maps = [(ALL, attention.overall), *word_maps(attention, words)]
     with rc_context(STYLE):
         figure = _image_sheet(attention, maps, columns) if len(attention.frames) == 1 else _strips(attention, maps)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,14 @@ def attention_sheet(
     return path
 
 
-def _chosen(attention: AttentionMap, words: Sequence[str] | None) -> list[tuple[str, np.ndarray]]:
+def word_maps(
+    attention: AttentionMap, words: Sequence[str] | None = None
+) -> list[tuple[str, Float[np.ndarray, "F R C"]]]:
+    """The words that a sheet shows (as `attention_sheet` chooses them) and their maps, in order of the text.
+
+    Raises:
+        ValueError: none of `words` is in the text.
+    """
     wanted = None if words is None else {word.lower() for word in words}
     found = []
     for word, values in zip(attention.words, attention.per_word, strict=True):

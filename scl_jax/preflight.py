@@ -31,8 +31,9 @@ def missing(config: ConfigDict, mode: str, continued: bool) -> list[str]:
     continued: whether the work directory holds a checkpoint, so that `config.init` is not read.
     """
     problems: list[str] = []
+    whole = config.data.bad_records == "fail"  # else a broken shard is among what is left out
     for name, split in _splits(config, mode):
-        tried(problems, lambda name=name, split=split: open_source(name, split, config.data.dir), None)
+        tried(problems, lambda name=name, split=split: open_source(name, split, config.data.dir, whole=whole), None)
     for option, source in () if continued else config.init.items():
         if source:
             found: list[str] = []

@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from scl_jax.config import default_config
-from scl_jax.data.pipeline import Records
+from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.inspection import Finding, described, of_parameters
@@ -76,7 +76,8 @@ def replay(session: Session, step: int | None = None) -> tuple[list[Finding], li
 def of_batch(session: Session, stream: str, batch: Batch) -> list[str]:
     """The examples of a batch by data set and id, and numbers in it that are not finite."""
     items = np.asarray(batch.item_id).tolist()
-    records = Records(session.config.data[stream].datasets, "train", session.config.data.dir)
+    left_out: LeftOut = session.bad_records.left_out("train").get(stream, NOTHING)
+    records = Records(session.config.data[stream].datasets, "train", session.config.data.dir, left_out)
     lines = [f"batch of {len(items)} {stream}:"]
     lines += [f"  row {row}: {records[item].origin}" for row, item in enumerate(items[:SHOWN]) if item >= 0]
     if len(items) > SHOWN:

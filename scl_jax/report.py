@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from scl_jax import plots
 from scl_jax.config import active_streams
 from scl_jax.data.pipeline import EvaluationSet, evaluation_set
+from scl_jax.data.records import NOTHING, LeftOut
 from scl_jax.data.task_pipeline import TaskEvaluationSet, task_evaluation_set
 from scl_jax.data.tokens import Tokenizer
 from scl_jax.evaluation.classification import ClassificationEvaluation
@@ -33,8 +34,10 @@ WRITERS = {
 }
 
 
-def evaluation_sets(config: ConfigDict, split: str, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Any]:
-    """The evaluation set of every stream that is on."""
+def evaluation_sets(
+    config: ConfigDict, split: str, tokenizer: Tokenizer, mesh: Mesh, left_out: Mapping[str, LeftOut] = NOTHING
+) -> dict[str, Any]:
+    """The evaluation set of every stream that is on, without the records that are left out of it."""
     e, data = config.evaluate, config.data
     open_set: Callable[..., EvaluationSet | TaskEvaluationSet] = (
         task_evaluation_set if config.task in CLASSIFIERS else evaluation_set
@@ -51,6 +54,7 @@ def evaluation_sets(config: ConfigDict, split: str, tokenizer: Tokenizer, mesh: 
             max_items=e.max_items,
             rows_of=partial(process_rows, mesh),
             threads=data.threads,
+            left_out=left_out.get(name, NOTHING),
         )
         for name in active_streams(config)
     }

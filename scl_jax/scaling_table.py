@@ -52,7 +52,7 @@ class Step:
         return any((*(r[name] for name in names), r["mesh"]["fsdp"], r["accumulate"]) == wanted for r in records)
 
 
-SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}
+SLICES = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8", 1024: "8x8x16"}
 PLANS: dict[str, list[Step]] = {
     "sizes": [
         Step("pretrain_joint", "images", "v5e:16x16", 4096, fsdp=8),
@@ -119,6 +119,20 @@ def table(records: list[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def command(record: Record) -> str:
+    """The command that a record came from; policies that it went on to are records of the same."""
+    stream, mesh = record["stream"], ",".join(f"{axis}={size}" for axis, size in record["mesh"].items() if size > 1)
+    words = [f"--config=configs/{record['config']}.py", f"--topology={record['topology']}", f"--mesh={mesh}"]
+    words += [f"--streams={stream}", f"--config.data.{stream}.batch_size={record['batch_size']}"]
+    words += [f"--config.train.accumulate={record['accumulate']}"] * (record["accumulate"] > 1)
+    return " ".join(["python -m scl_jax.compile_tpu", *words])
+
+
+def commands(records: list[Record]) -> str:
+    """The commands of all records, each once."""
+    return "\n".join(["```bash", *dict.fromkeys(command(record) for record in records), "```"])
+
+
 def weak_scaling(records: list[Record]) -> str:
     """The same batch a chip on more and more chips, relative to the fewest; empty with fewer than two."""
     steps = {(step.topology, step.batch_size, step.fsdp) for step in PLANS["weak"]}
@@ -136,15 +150,17 @@ def weak_scaling(records: list[Record]) -> str:
     if len(chosen) < 2:
         return ""
     base = chosen[0]
-    lines = [["chips", "batch", "TFLOPs a chip", "", "total, GiB", "", "MiB sent a chip"], ["---:"] * 7]
+    kinds = list(dict.fromkeys(kind for record in chosen for kind in record["collectives"]))
+    head = ["chips", "batch", "TFLOPs a chip", "", "memory a chip, GiB", "", *(f"{kind}, MiB" for kind in kinds)]
+    lines = [head, ["---:"] * len(head)]
     for record in chosen:
-        sent = sum(size for _, size in record["collectives"].values())
+        sent = [record["collectives"].get(kind, (0, 0))[1] for kind in kinds]
         flops, total = record["flops"] / base["flops"] - 1, record["total"] / base["total"] - 1
         lines.append(
             [
                 *(str(record["chips"]), str(record["batch_size"])),
                 *(f"{record['flops'] / 1e12:.3f}", f"{flops:+.1%}", f"{record['total'] / GIB:.2f}", f"{total:+.1%}"),
-                f"{sent / MIB:.0f}",
+                *(f"{size / MIB:.1f}" for size in sent),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -152,7 +168,7 @@ def weak_scaling(records: list[Record]) -> str:
 
 def document(records: list[Record]) -> str:
     """docs/scaling.md."""
-    text = f"{_HEAD}\n## Steps\n\n{table(records)}\n"
+    text = f"{_HEAD}\n## Steps\n\n{table(records)}\n\n{commands(records)}\n"
     if weak := weak_scaling(records):
         text += f"\n## Weak scaling\n\n`pretrain_image`, 16 images a chip on v5p slices, fsdp 8.\n\n{weak}\n"
     return text

@@ -1,12 +1,13 @@
 """One run from its config: tokenizer, mesh, network, data and evaluation put together; then train or evaluate.
 
-<workdir>/config.json  classes.json  metrics.jsonl  results.json  checkpoints/  and the files of report.py
+<workdir>/config.json  classes.json  skipped.jsonl  metrics.jsonl  results.json  checkpoints/  and report.py's files
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from scl_jax import build
+from scl_jax.bad_records import BadRecords
 from scl_jax.config import ConfigError, active_streams, differences, finalize
 from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
-from scl_jax.data.builders import open_source
 from scl_jax.data.pipeline import train_dataset
+from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
@@ -55,7 +57,8 @@ class Session:
         named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
         tokenizer = tried(problems, lambda: load_tokenizer(named), None)
         self.classes = tried(problems, lambda: classes_of(config), ())
-        examples = tried(problems, lambda: examples_of(config), 0)
+        later = config.data.bad_records == "skip" and config.train.epochs > 0  # which records count takes a while
+        examples = 0 if later else tried(problems, lambda: examples_of(config), 0)
         vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
         self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
@@ -64,6 +67,10 @@ class Session:
         check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
         assert tokenizer is not None  # else a problem
         self.tokenizer: Tokenizer = tokenizer
+        self.bad_records = BadRecords(self.config, self.workdir)
+        if later:
+            examples = examples_of(config, self.bad_records.left_out("train"))
+            self.config = finalize(config, vocab_size, answers, examples)
         self._check_workdir()
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
@@ -114,7 +121,7 @@ class Session:
 
     def evaluation(self, graph: Any, split: str) -> Evaluation:
         """The evaluation of a split."""
-        sets = evaluation_sets(self.config, split, self.tokenizer, self.mesh)
+        sets = evaluation_sets(self.config, split, self.tokenizer, self.mesh, self.bad_records.left_out(split))
         return make_evaluation(self.config, self.task, graph, self.mesh, sets, self.classes, self._show_progress)
 
     def _show_progress(self, what: str, done: int, total: int) -> None:
@@ -135,6 +142,21 @@ class Session:
         )
         return self._log
 
+    def _look_at_records(self) -> None:
+        """Everything that the run will read is looked at before it begins, where bad records may be left out."""
+        file = self.workdir / "config.json"
+        if self.checkpoints.latest() is not None and file.exists():
+            self.bad_records.check_continued(json.loads(file.read_text())["data"].get("bad_records", "fail"))
+        e = self.config.evaluate
+        for split in ("train", e.final_split, *((e.split,) if e.every or len(e.matching_weights) > 1 else ())):
+            self.bad_records.left_out(split)
+
+    def _say_left_out(self, log: RunLog) -> None:
+        if self.is_main:
+            self.bad_records.write()
+        for note in self.bad_records.notes:
+            log.say(note)
+
     def training_data(self) -> Any:
         """The endless batches of this process: items with a caption in pre-training, else every text with its item."""
         make = train_dataset if self.config.task == "pretrain" else task_dataset
@@ -143,6 +165,7 @@ class Session:
             seed=self.config.seed,
             tokenizer=self.tokenizer,
             rows_of=partial(sharding.process_rows, self.mesh),
+            left_out=self.bad_records.left_out("train"),
         )
 
     def train(self) -> bool:
@@ -158,6 +181,7 @@ class Session:
 
     def _train(self) -> bool:
         config = self.config
+        self._look_at_records()
         data = self.training_data()  # before the state: missing shards should be said at once
         graph, tx, state = self.initial_state()
         iterator = iter(data)
@@ -165,6 +189,7 @@ class Session:
         state, begun, progress = self._continued(state, iterator)
         with self.open_log(begun or 0) as log:
             log.save_config(config)
+            self._say_left_out(log)
             if self.classes and self.is_main:
                 write_json(self.workdir / "classes.json", list(self.classes))
             count = parameters.count(state.params)
@@ -243,8 +268,10 @@ class Session:
         graph, _, state = self.initial_state(complete=True)
         if self.checkpoints.latest() is not None or not self.config.init.checkpoint:
             state, _ = self.checkpoints.restore(abstract_state(state), self.chosen_step())
+        self.bad_records.left_out(self.config.evaluate.final_split)
         with self.open_log(None) as log:
             self.say_initial(log)
+            self._say_left_out(log)
             self.report(log, graph, state)
 
     def schedule(self) -> Schedule:
@@ -283,13 +310,15 @@ def averaged(state: TrainState) -> parameters.Params:
     return state.params if state.ema is None else state.ema
 
 
-def examples_of(config: ConfigDict) -> int:
+def examples_of(config: ConfigDict, left_out: Mapping[str, LeftOut] = NOTHING) -> int:
     """The training examples of an epoch, where `train.epochs` asks: items in pre-training, texts in fine-tuning."""
     if not config.train.epochs or config.debug:
         return 0
-    names = [name for stream in active_streams(config) for name in config.data[stream].datasets if name]
-    sources = [open_source(name, "train", config.data.dir) for name in names]
-    return sum(len(source) if config.task == "pretrain" else sum(source.text_counts()) for source in sources)
+    count = 0
+    for name in active_streams(config):
+        records = Records(config.data[name].datasets, "train", config.data.dir, left_out.get(name, NOTHING))
+        count += len(records) if config.task == "pretrain" else sum(records.text_counts())
+    return count
 
 
 def classes_of(config: ConfigDict) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Public data sets in miniature: invented content in the owners' formats, and the same as ViLT's arrow files.
 
-Every tree has several captions an image, text that is not ASCII, a portrait picture and, for videos, a clip of one
-frame.
+Every tree has text that is not ASCII, a portrait picture or, for videos, a clip of one frame, and several texts an item
+where the data set has them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def visual_genome(tree: Path, arrows: Path) -> None:
 
 def sbu(tree: Path, arrows: Path) -> None:
     names = [f"438505896{number}_b0.jpg" for number in range(3)]
-    captions = [CAPTIONS[number][0] for number in range(3)]
+    captions = [CAPTIONS[number][-1] for number in range(3)]
     put(tree / "SBU_captioned_photo_dataset_urls.txt", "".join(f"http://photos/1/{name}\n" for name in names))
     put(tree / "SBU_captioned_photo_dataset_captions.txt", "\n".join(captions) + "\n")
     for number, name in enumerate(names):
@@ -142,10 +142,10 @@ def webvid(tree: Path, arrows: Path) -> None:
     for split in ("train", "val"):
         rows = ["videoid,contentUrl,duration,page_dir,name"]
         for number in range(2):
-            rows.append(f'{number},http://clips/{number},PT9S,{number}_0,"{CAPTIONS[number][0]}, later"')
+            rows.append(f'{number},http://clips/{number},PT9S,{number}_0,"{CAPTIONS[number][-1]}, later"')
             put(tree / f"videos/{number}_0/{number}.mp4", clip(number))
         put(tree / f"results_2M_{split}.csv", "\n".join(rows) + "\n")
-        captions = [[f"{CAPTIONS[number][0]}, later"] for number in range(2)]
+        captions = [[f"{CAPTIONS[number][-1]}, later"] for number in range(2)]
         arrow(arrows / f"webvid_{split}.arrow", video=[clip(0), clip(1)], caption=captions, image_id=["0", "1"])
 
 
@@ -184,7 +184,7 @@ def lsmdc(tree: Path, arrows: Path) -> None:
 QUESTIONS = {
     "train2014": [
         (10, 1, "what is it?", ["cat"] * 9 + ["a dog"]),
-        (11, 1, "wie viele?", ["two"] * 2 + ["2"] * 5 + ["cat"] * 3),
+        (11, 1, "wie viele Bäume?", ["two"] * 2 + ["2"] * 5 + ["cat"] * 3),
         (20, 2, "is it red?", ["Yes."] * 10),
         (21, 2, "what kind?", ["tabby"] * 10),  # outside the vocabulary
     ],
@@ -229,7 +229,7 @@ def vqav2(tree: Path, arrows: Path) -> None:
             "question_id": [[number for number, _, _ in questions]],
         }
 
-    first = row(1, (10, "what is it?", {0: 1.0}), (11, "wie viele?", {1: 1.0, 0: 0.9}))
+    first = row(1, (10, "what is it?", {0: 1.0}), (11, "wie viele Bäume?", {1: 1.0, 0: 0.9}))
     second = row(2, (20, "is it red?", {2: 1.0}))
     arrow(arrows / "vqav2_train.arrow", **{key: first[key] + second[key] for key in first})
     arrow(arrows / "vqav2_trainable_val.arrow", **row(4, (40, "what?", {0: 0.9}), (41, "how many?", {1: 1.0})))

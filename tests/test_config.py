@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def test_the_default_config_with_data_passes():
         ({"model.text.heads": 7}, "model.text: width 768 does not divide by heads 7"),
         ({"model.vision.layers": 0}, "model.vision.layers is 0; it must be at least 1"),
         ({"model.remat": "some"}, "model.remat is 'some'; choose none, dots or full"),
+        ({"model.unroll": 0}, "model.unroll is 0"),
+        ({"model.attention": "cudnn", "model.dtype": "float32"}, "model.attention=cudnn needs bfloat16"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; choose float32 or bfloat16"),
         ({"model.text.vocab_size": 500}, "vocab_size is 500, but the tokenizer has 50265 tokens; raise it, or set 0"),
         ({"data.text_length": 513}, "data.text_length 513 needs model.text.max_positions of at least 515"),
@@ -161,6 +164,19 @@ def test_an_unknown_key_is_an_error(parse, override, name):
 def test_a_value_of_the_wrong_type_is_an_error(parse, override):
     with pytest.raises((TypeError, ValueError, flags.IllegalFlagValueError)):
         parse(override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=nowhere.py"], "error: there is no config file nowhere.py"),
+        ([f"--config={QUICKSTART}", "--config.trane.steps=7"], 'error: .* not have: trane; did you mean "train"'),
+    ],
+)
+def test_the_command_answers_a_mistaken_flag_with_one_line(arguments, message):
+    command = [sys.executable, "-m", "scl_jax.main", "--workdir=nowhere", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and re.fullmatch(message + ".*\n", done.stderr), done.stderr
 
 
 def test_unknown_keys_in_a_config_file_are_errors():

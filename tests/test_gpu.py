@@ -13,6 +13,7 @@ from scl_jax import build
 from scl_jax.benchmark.step import matmul_peak, peak_memory
 from scl_jax.benchmark.workload import Training, complete, random_arrays
 from scl_jax.models import parameters
+from scl_jax.models.attention import attend
 from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.types import Batch
 
@@ -48,6 +49,29 @@ def test_losses_are_those_of_a_cpu(stream):
     assert gpu.keys() == set(OBJECTIVES)
     for name, value in cpu.items():
         np.testing.assert_allclose(gpu[name], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "real"),
+    [(325, 325, (325, 325)), (196, 197, (197, 197)), (325, 50, (50, 7)), (50, 325, (325, 325)), (49, 49, (49, 1))],
+)
+def test_cudnn_attention_is_plain_attention_to_the_digits_of_bfloat16(queries, keys, real):
+    rng = np.random.default_rng(0)
+    shapes = [(2, n, 12, 64) for n in (queries, keys, keys, queries)]
+    *inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    mask = jnp.arange(keys) < jnp.array(real)[:, None]
+
+    def run(implementation: str):
+        def loss(query, key, value):
+            y = attend(query, key, value, mask, implementation=implementation)
+            return jnp.sum((y * weight).astype(jnp.float32)), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+
+    (gradient, y), (expected_gradient, expected) = run("cudnn"), run("xla")
+    for ours, plain in zip((*gradient, y), (*expected_gradient, expected), strict=True):
+        scale = float(jnp.abs(plain.astype(jnp.float32)).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02 * scale)
 
 
 def test_a_step_in_bfloat16_has_finite_losses():

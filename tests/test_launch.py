@@ -1,11 +1,13 @@
 """The launch scripts check their arguments and print, with --dry_run, exactly what they would run."""
 
+import importlib.util
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -101,12 +103,29 @@ def test_a_job_set_is_filled_in():
     done = run("kubernetes.sh", *KUBERNETES, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("kubectl apply -f - <<'JOBSET'\n") and done.stdout.endswith("\nJOBSET\n")
-    assert 'args: ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]' in (
-        done.stdout
+    job_set = yaml.safe_load(done.stdout.split("\n", 1)[1].removesuffix("JOBSET\n"))
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job_set["metadata"]["name"] == "scl"
+    (job,) = job_set["spec"]["replicatedJobs"]
+    hosts = job["template"]["spec"]
+    assert (job["replicas"], hosts["parallelism"], hosts["completions"], hosts["completionMode"]) == (
+        1,
+        64,
+        64,
+        "Indexed",
     )
-    for line in ("parallelism: 64", 'gke-tpu-topology: "16x16"', "image: registry/scl_jax:1", "google.com/tpu: 4"):
-        assert line in done.stdout
-    assert "${" not in done.stdout.replace("fills in ${…}", "")
+    pod = hosts["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
+    (container,) = pod["containers"]
+    assert container["image"] == "registry/scl_jax:1" and container["resources"]["limits"] == {"google.com/tpu": 4}
+    words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    assert container["command"] == ["python", "-m", "scl_jax.main"] and container["args"] == words
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/shared"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "share"}
 
 
 @pytest.mark.parametrize(
@@ -127,3 +146,20 @@ def test_a_job_set_is_filled_in():
 def test_wrong_arguments_are_named(script, arguments, message):
     done = run(script, *arguments, "--dry_run")
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_the_audit_says_what_it_knows_and_what_it_does_not():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "launch" / "audit.py")
+    audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(audit)
+    unknown = {"name": "jax", "skip_reason": "not found"}
+    assert (
+        audit.told([unknown])
+        == "0 of 1 pinned packages are known to the vulnerability service: not audited (no access to it?)"
+    )
+    found = {"name": "pillow", "version": "9.0.0", "vulns": [{"id": "CVE-1", "fix_versions": ["9.0.1"]}]}
+    assert audit.told([unknown, found]).splitlines() == [
+        "1 of 2 pinned packages are known to the vulnerability service; 1 known vulnerabilities",
+        "  warning: pillow 9.0.0: CVE-1, fixed in 9.0.1",
+    ]
+    assert audit.ask(["no_such_file.txt"]).startswith("not audited: ")

@@ -20,6 +20,7 @@ from scl_jax.models import parameters
 from scl_jax.session import Session
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
+from scl_jax.training.records import write_json
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +64,7 @@ def compiled_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("devices", "accumulate"),
-    [(1, 1), (8, 2), pytest.param(8, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)],
+    [(1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 2), (8, 1), (1, 2)))],
 )
 def test_an_interrupted_run_is_bit_identical_to_an_undisturbed_one(
     data_dir, tmp_path, monkeypatch, devices, accumulate
@@ -130,7 +131,9 @@ def test_a_run_leaves_what_others_rely_on(data_dir, tmp_path):
 
 def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path, monkeypatch):
     Devices(monkeypatch, 1)
-    assert Session(toy_run.config(data_dir, **{"train.steps": 1}), tmp_path).train()
+    begun = Session(toy_run.config(data_dir, **{"train.steps": 1}), tmp_path)
+    write_json(tmp_path / "config.json", begun.config.to_dict())
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"model\.dropout: 0\.1 → 0\.2"):
         Session(toy_run.config(data_dir, **{"train.steps": 1, "model.dropout": 0.2}), tmp_path)
     Session(toy_run.config(data_dir, **{"train.steps": 1, "log.every": 7}), tmp_path)  # does not matter
@@ -164,11 +167,11 @@ DATA, FSDP, TENSOR = {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2,
 @pytest.mark.parametrize(
     ("mesh", "stream"),
     [
-        pytest.param(DATA, "images", id="data-images"),
-        pytest.param(FSDP, "videos", id="fsdp-videos"),
+        pytest.param(FSDP, "images", id="fsdp-images"),
         pytest.param(TENSOR, "images", id="tensor-images"),
+        pytest.param(DATA, "images", id="data-images", marks=pytest.mark.slow),
         pytest.param(DATA, "videos", id="data-videos", marks=pytest.mark.slow),
-        pytest.param(FSDP, "images", id="fsdp-images", marks=pytest.mark.slow),
+        pytest.param(FSDP, "videos", id="fsdp-videos", marks=pytest.mark.slow),
         pytest.param(TENSOR, "videos", id="tensor-videos", marks=pytest.mark.slow),
     ],
 )

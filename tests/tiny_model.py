@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,7 @@ def write_run(folder: Path, heads: tuple[str, ...] = tuple(HEADS), seed: int = 0
     write_parameters(run, flat)
     config = finalize(toy_run.config(folder / "data"), tokenizer.vocab_size)
     (run / "config.json").write_text(json.dumps(config.to_dict()))
-    (run / "answers.json").write_text(json.dumps(ANSWERS))
+    (run / "classes.json").write_text(json.dumps(ANSWERS))
     return run
 
 
@@ -62,3 +65,20 @@ def gif(frames: int = 3) -> bytes:
     pictures = [Image.new("RGB", (40, 30), (60 + 60 * i,) * 3) for i in range(frames)]
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=100)
     return file.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A picture that claims a size and holds nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]

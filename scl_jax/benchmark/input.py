@@ -61,14 +61,14 @@ def _image_rates(stream: ConfigDict, seconds: float) -> dict[str, float]:
         data = files[i % MEDIA]
         opened = images.open_image(data)
         drawn = _draw(images.upright_size(opened), stream, i)
-        return images.augment_fast(images.load_pixels(data, opened, drawn.sufficient_size()), drawn)
+        return images.augment_fast(images.load_pixels(opened, drawn.sufficient_size()), drawn)
 
     def pixels(i: int) -> np.ndarray:
         data = files[i % MEDIA]
-        return images.load_pixels(data, images.open_image(data), JPEG_SIZE)
+        return images.load_pixels(images.open_image(data), JPEG_SIZE)
 
     stages: dict[str, Callable[[int], Any]] = {
-        "decode (Pillow)": lambda i: images.load_rgb(images.open_image(files[i % MEDIA])),
+        "decode (Pillow)": lambda i: Image.open(io.BytesIO(files[i % MEDIA])).convert("RGB"),
         "decode (libjpeg-turbo)": pixels,
         "draw": lambda i: _draw(JPEG_SIZE, stream, i),
         "crop, bicubic": lambda i: images.augment(decoded[i % MEDIA], _draw(JPEG_SIZE, stream, i)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def config_of(sizes: SCLConfig, tokenizer: str) -> ConfigDict:
     """The default config with the model's sizes: what a run needs to take these weights up."""
     config = default_config()
     m, s = config.model, sizes
+    m.dtype = "float32"  # whoever loads the weights computes what their owner did
     m.vision.update(
         width=s.vision_width, layers=s.vision_layers, heads=s.vision_heads, mlp_width=s.vision_mlp_width,
         patch_size=s.patch_size, image_size=s.image_size, max_frames=s.max_frames,
@@ -98,4 +100,6 @@ def to_flax(
         with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
             write_parameters(folder, flat)
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            if path.is_dir() and (path / "classes.json").exists():  # the answers of a head
+                shutil.copy(path / "classes.json", folder)
     return summary

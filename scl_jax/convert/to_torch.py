@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def to_torch(
             checksum=summary.checksum, tokenizer_note=note,
         )  # fmt: skip
         (folder / "README.md").write_text(card)
+        if (run / "classes.json").exists():  # the answers of a head
+            shutil.copy(run / "classes.json", folder)
     return summary
 
 

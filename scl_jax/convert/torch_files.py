@@ -20,7 +20,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from scl_jax.convert.torch_pickle import DTYPES, ScriptObject, TorchFileError, u
 __all__ = ["TorchFileError", "read_tensors", "write_safetensors"]
 
 _LARGEST_PICKLE = 256 * 2**20  # bytes; a real one is some hundred kilobytes
+_CHUNK = 2**20  # bytes read at once for a checksum
 _MOST_OBJECTS = 100_000  # modules and attributes of a TorchScript archive
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # where a checkpoint keeps its weights, in this order
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch before 1.6, pickled
@@ -165,14 +168,18 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
     content = archive.entry(names[0])
     if len(content) > _LARGEST_PICKLE:
         raise TorchFileError(f"its pickle has {len(content)} bytes: no state_dict looks like this")
-    return _weights(unpickle(content.tobytes(), lambda key: archive.entry(f"{root}data/{key}")))
+    archive.check(names[0])
+    weights = _weights(unpickle(content.tobytes(), lambda key: archive.entry(f"{root}data/{key}")))
+    for name in archive.holding(weights.values()):
+        archive.check(name)
+    return weights
 
 
 class _Archive:
     """A zip file whose entries are views of the mapped file: torch compresses no tensors, so nothing is unpacked."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.data = data
+        self.path, self.data = path, data
         try:
             with zipfile.ZipFile(path) as archive:
                 self.infos = {info.filename: info for info in archive.infolist()}
@@ -184,6 +191,35 @@ class _Archive:
 
     def entry(self, name: str) -> np.ndarray:
         """The bytes of an entry."""
+        begin, end = self._span(name)
+        return self.data[begin:end]
+
+    def check(self, name: str) -> None:
+        """Compares an entry with its checksum, where torch was not told to leave it out (it then writes a 0)."""
+        begin, end = self._span(name)
+        checksum = 0
+        with self.path.open("rb") as file:  # read, not mapped: pages of a map would count as memory in use
+            file.seek(begin)
+            for size in [_CHUNK] * ((end - begin) // _CHUNK) + [(end - begin) % _CHUNK]:
+                checksum = zlib.crc32(file.read(size), checksum)
+        if self.infos[name].CRC not in (0, checksum):
+            raise TorchFileError(f"its entry {name!r} is damaged (wrong checksum): download it again")
+
+    def holding(self, views: Iterable[np.ndarray]) -> list[str]:
+        """The storages that these views of the file lie in."""
+        base = self.data.__array_interface__["data"][0]
+        storages = [name for name, info in self.infos.items() if "/data/" in f"/{name}" and info.file_size]
+        spans = sorted((*self._span(name), name) for name in storages)
+        begins = [begin for begin, _, _ in spans]
+        found = {}
+        for view in views:
+            begin = view.__array_interface__["data"][0] - base
+            which = bisect_right(begins, begin) - 1
+            if view.size and which >= 0 and begin < spans[which][1]:
+                found[spans[which][2]] = None
+        return list(found)
+
+    def _span(self, name: str) -> tuple[int, int]:
         if name not in self.infos:
             raise TorchFileError(f"its entry {name!r} is missing")
         info, data = self.infos[name], self.data
@@ -196,7 +232,7 @@ class _Archive:
         begin = head + 30 + name_length + extra_length
         if begin + info.file_size > len(data):
             raise TorchFileError(f"its entry {name!r} ends behind the end of the file")
-        return data[begin : begin + info.file_size]
+        return begin, begin + info.file_size
 
 
 def _weights(content: Any) -> dict[str, np.ndarray]:

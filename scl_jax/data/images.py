@@ -15,19 +15,33 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from scl_jax.data.rand_augment import Operation, draw_operations
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB as RGB; a larger file is taken for a decompression bomb
-# formats that Pillow decodes by itself; EPS is left out because it would start Ghostscript on a stranger's file
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+# formats that Pillow decodes by itself; EPS is left out because it would start Ghostscript on a stranger's file, ICO
+# because it is decoded when it is opened, before its size can be looked at
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+_JPEG = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as phones write them; the first counts
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker")
+_MOST_STRAY_BYTES = 16  # some cameras and programs pad; more come from a decoder that lost its way in damaged data
+_UPRIGHT = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 _SIDED = re.compile(r"\b(left|right)(-?hand(ed)?|most|wards?)?\b|\b(counter-?|anti-?)?clockwise\b", re.IGNORECASE)
 _CROP_ATTEMPTS = 10
@@ -43,11 +57,15 @@ def names_side(caption: str) -> bool:
 # ---- files to pixels ----
 
 
+class UnknownFormatError(ValueError):
+    """The bytes do not begin as an image of a known format does."""
+
+
 def open_image(data: bytes) -> Image.Image:
     """Reads the header of an encoded image; the pixels stay encoded until `load_rgb`.
 
     Raises:
-        ValueError: no image, an unknown format, or more than MAX_PIXELS pixels.
+        ValueError: no image, an unknown format (UnknownFormatError), or more than MAX_PIXELS pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -55,7 +73,7 @@ def open_image(data: bytes) -> Image.Image:
         raise ValueError(f"image has far more than {MAX_PIXELS} pixels (a decompression bomb?)") from error
     except Image.UnidentifiedImageError as error:
         reason = "empty file" if not data else f"no image format known here, {len(data)} bytes, first {data[:8]!r}"
-        raise ValueError(f"cannot decode image: {reason}") from error
+        raise UnknownFormatError(f"cannot decode image: {reason}") from error
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ValueError(f"cannot decode image: broken header ({error})") from error
     if image.width * image.height > MAX_PIXELS:
@@ -70,7 +88,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def load_rgb(image: Image.Image, at_least: tuple[float, float] | None = None) -> Image.Image:
-    """Decodes an opened image (first frame) to upright RGB.
+    """Decodes what `open_image` opened (its first frame) to upright RGB.
 
     `at_least` (width, height of the upright image): a JPEG may be decoded at the smallest of the scales 1, 1/2, 1/4,
     1/8 that is no smaller than this, which is faster and properly filtered. None: full size.
@@ -79,33 +97,64 @@ def load_rgb(image: Image.Image, at_least: tuple[float, float] | None = None) ->
     Raises:
         ValueError: truncated or corrupt data, or pixels of a kind that has no defined brightness (floats).
     """
+    pixels = _load(image, at_least)
+    return Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+
+
+def load_pixels(image: Image.Image, at_least: tuple[float, float] | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """`load_rgb` as an array, the same bytes; the usual upright RGB JPEG is an array in the first place."""
+    return np.asarray(_load(image, at_least))
+
+
+def _load(image: Image.Image, at_least: tuple[float, float] | None) -> Image.Image | np.ndarray:
     orientation = _orientation(image)
     try:
-        if at_least is not None and image.format == "JPEG":
-            width, height = reversed(at_least) if orientation >= 5 else at_least
-            image.draft(image.mode, (math.ceil(width), math.ceil(height)))
+        if (data := _encoded_jpeg(image)) is not None:
+            scale = _jpeg_scale(image.size, reversed(at_least) if at_least and orientation >= 5 else at_least)
+            colours = {"RGB": "RGB", "L": "GRAY"}.get(image.mode, "CMYK")
+            pixels = _decode_jpeg(data, scale, colours)
+            if colours == "RGB" and orientation == 1:
+                return pixels
+            if colours == "CMYK":  # inverted or not, as Pillow knows
+                image.draft("CMYK", (max(image.width // scale, 1), max(image.height // scale, 1)))
+            else:
+                image = Image.fromarray(pixels if colours == "RGB" else pixels[..., 0])
         image.load()
-        image = ImageOps.exif_transpose(image) if orientation != 1 else image
-        return _to_rgb(image)
+        return _to_rgb(image.transpose(_UPRIGHT[orientation]) if orientation != 1 else image)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ValueError(f"cannot decode {image.format or 'image'}: {error}") from error
 
 
-def load_pixels(data: bytes, image: Image.Image, at_least: tuple[float, float]) -> UInt8[np.ndarray, "H W 3"]:
-    """`load_rgb` as an array, the same bytes; the usual upright RGB JPEG goes straight to libjpeg-turbo.
+def _encoded_jpeg(image: Image.Image) -> bytes | None:
+    """The file of an image as `open_image` leaves it, if it is a JPEG of the size that was looked at."""
+    untouched = image.format in _JPEG and getattr(image, "tile", None) and image.tell() == 0
+    file = getattr(image, "fp", None)
+    if not untouched or not isinstance(file, io.BytesIO):
+        return None
+    data = file.getvalue()
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    return data if (int(width), int(height)) == image.size else None
 
-    `image` is `open_image(data)`.
 
-    Raises:
-        ValueError: as `load_rgb`.
-    """
-    plain = image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
-    if not plain or min(image.width / at_least[0], image.height / at_least[1]) >= 2:  # smaller scales: Pillow's draft
-        return np.asarray(load_rgb(image, at_least))
+def _jpeg_scale(size: tuple[int, int], at_least: Iterable[float] | None) -> int:
+    """The largest n of 1, 2, 4, 8 such that 1/n of the size is enough."""
+    if at_least is None:
+        return 1
+    enough = min(side // math.ceil(wanted) for side, wanted in zip(size, at_least, strict=True))
+    return next(n for n in (8, 4, 2, 1) if n <= max(enough, 1))
+
+
+def _decode_jpeg(data: bytes, scale: int, colours: str) -> UInt8[np.ndarray, "H W _"]:
+    """libjpeg-turbo at 1/scale: the same bytes as Pillow's, which keeps silent where data are damaged or missing."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    shape = {"min_width": -(-int(width) // scale), "min_height": -(-int(height) // scale), "min_factor": scale}
     try:
-        return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data, colours, **shape)
     except ValueError as error:
-        raise ValueError(f"cannot decode JPEG: {error}") from error
+        stray = _STRAY.search(str(error))
+        if stray is None or int(stray[1]) > _MOST_STRAY_BYTES:
+            raise
+        return simplejpeg.decode_jpeg(data, colours, **shape, strict=False)
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
@@ -114,7 +163,7 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         ValueError: with the reason when the data is no image, truncated, corrupt or too large.
     """
-    return np.array(load_rgb(open_image(data)))
+    return np.array(_load(open_image(data), None))
 
 
 def _orientation(image: Image.Image) -> int:

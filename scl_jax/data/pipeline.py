@@ -1,7 +1,7 @@
 """Prepared records to batches: the journey of one example.
 
 1. `builders.open_source` opens the shards of each data set; several data sets of a stream are concatenated. A record's
-   index there is its `item_id`.
+   index there is its `item_id`. Records that are left out (screening.py) are not counted, as if they were not there.
 2. Grain shuffles the indices (anew each epoch) and repeats for ever. From here on an example has a place in one endless
    order which depends on the seed alone, and its own random generator, seeded by that place.
 3. One of the record's captions is drawn; crop, flip and RandAugment are drawn; the picture is decoded, as small as the
@@ -21,19 +21,18 @@ Axes: B rows of this process's batch, F frames (1 for an image), H W pixels, L t
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, Protocol, SupportsIndex, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
 
 import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from scl_jax.data import builders, images, video
+from scl_jax.data import images, video
+from scl_jax.data.records import NOTHING, LeftOut, Record, Records
 
 NumpyBatch: TypeAlias = dict[str, Any]  # the fields of scl_jax.types.Batch as numpy arrays, and more where said
 _IDS = frozenset(("item_id", "caption_id", "example_id", "question_id"))  # -1 in rows of padding
@@ -49,85 +48,31 @@ class Tokenizer(Protocol):
         ...
 
 
-class RecordError(ValueError):
-    """A record that cannot be used, with its data set, split, index and id."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record and where it came from."""
-
-    media: bytes
-    captions: Sequence[str]
-    item_id: int
-    origin: str  # "toy_world/images, split train, record 17 (id 'scene-17')"
-    extra: Mapping[str, Any] = field(default_factory=dict)  # what the data set has besides
-    name: str = ""  # the owner's id
-
-    def caption(self, index: int) -> str:
-        """The caption of this index; RecordError when it is empty."""
-        if not self.captions or not self.captions[index].strip():
-            raise self.error(f"caption {index} is empty", "give it a caption or leave it out, then prepare again")
-        return self.captions[index]
-
-    def error(self, problem: str, remedy: str) -> RecordError:
-        """A RecordError that names this record."""
-        return RecordError(f"{self.origin}: {problem}; {remedy}")
-
-
-class Records:
-    """Random access to the concatenated records of several data sets, for Grain.
-
-    Raises:
-        ValueError: no data set is named, or they hold no record.
-    """
-
-    def __init__(self, names: Sequence[str], split: str, data_dir: str):
-        self._names = [name for name in names if name]
-        if not self._names:
-            raise ValueError("no data set is named; set `datasets` of a data stream, e.g. ('toy_world/images',)")
-        self._split = split
-        self._sources = [builders.open_source(name, split, data_dir) for name in self._names]
-        self._starts = [0, *accumulate(len(source) for source in self._sources)]
-        if len(self) == 0:
-            raise ValueError(f"split {split} of {', '.join(self._names)} holds no record; prepare it again")
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: SupportsIndex) -> Record:
-        item_id = index.__index__()
-        which = bisect_right(self._starts, item_id) - 1
-        local = item_id - self._starts[which]
-        raw = self._sources[which][local]
-        origin = f"{self._names[which]}, split {self._split}, record {local} (id {raw['id']!r})"
-        extra = {key: value for key, value in raw.items() if key not in ("id", "media", "captions")}
-        return Record(raw["media"], raw["captions"], item_id, origin, extra, raw["id"])
-
-    def text_counts(self) -> list[int]:
-        """How many texts each record has."""
-        return [count for source in self._sources for count in source.text_counts()]
-
-
 # ---- training ----
 
 
 def train_dataset(
-    data: Config, *, seed: int, tokenizer: Tokenizer, rows_of: RowsOf = range
+    data: Config,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    rows_of: RowsOf = range,
+    left_out: Mapping[str, LeftOut] = NOTHING,
 ) -> grain.IterDataset[NumpyBatch]:
     """The endless training batches of this process (`data` is `config.data`).
 
     Yields the fields of `scl_jax.types.Batch` as numpy arrays with the rows of each global batch that `rows_of` names
     (all, by default), and "stream" ("images" or "videos"). A stream with no data set or of share 0 is off. The
     iterator's state is {"next_index": batches taken}: the same for every process and any number of processes.
-    `data.threads` threads decode rows, `data.prefetch` batches are kept ready.
+    `data.threads` threads decode rows, `data.prefetch` batches are kept ready. left_out: by stream.
 
     Raises:
         ValueError: no stream is on.
     """
 
-    def make_examples(stream: Config, rng: np.random.SeedSequence) -> grain.MapDataset[NumpyBatch]:
-        records = Records(stream.datasets, "train", data.dir)
+    def make_examples(name: str, rng: np.random.SeedSequence) -> grain.MapDataset[NumpyBatch]:
+        stream = data[name]
+        records = Records(stream.datasets, "train", data.dir, left_out.get(name, NOTHING))
         return endless_examples(records, TrainExample(stream, data.text_length, tokenizer), rng)
 
     return mixed_batches(data, make_examples, seed, rows_of)
@@ -135,17 +80,17 @@ def train_dataset(
 
 def mixed_batches(
     data: Config,
-    make_examples: Callable[[Config, np.random.SeedSequence], grain.MapDataset[NumpyBatch]],
+    make_examples: Callable[[str, np.random.SeedSequence], grain.MapDataset[NumpyBatch]],
     seed: int,
     rows_of: RowsOf,
 ) -> grain.IterDataset[NumpyBatch]:
-    """Steps 4 and 5 of the journey for the streams that are on; `make_examples` gives the endless ones of a stream."""
+    """Steps 4 and 5 of the journey for the streams that are on; `make_examples` gives the endless ones of a name."""
     batches, shares = [], []
     for name, stream in (("images", data.images), ("videos", data.videos)):
         if not any(stream.datasets) or stream.share == 0:
             continue
         rows = rows_of(stream.batch_size)
-        examples = make_examples(stream, np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
+        examples = make_examples(name, np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
         batches.append(_ProcessBatches(examples, stream.batch_size, rows, data.threads, name))
         shares.append(stream.share)
     if not batches:
@@ -193,7 +138,7 @@ class TrainExample:
 
     def _augmented(self, media: bytes, caption: str, rng: np.random.Generator) -> UInt8[np.ndarray, "F H W 3"]:
         if self._frames > 1 or video.is_video(media):
-            clip = video.decode_frames(media, self._frames, rng=rng)
+            clip = decode_clip(media, self._frames, rng=rng)
             drawn = self._draw((clip.shape[2], clip.shape[1]), caption, rng)
             if self._fast:
                 return np.stack([images.augment_fast(frame, drawn) for frame in clip])
@@ -201,7 +146,7 @@ class TrainExample:
         opened = images.open_image(media)
         drawn = self._draw(images.upright_size(opened), caption, rng)
         if self._fast:
-            return images.augment_fast(images.load_pixels(media, opened, drawn.sufficient_size()), drawn)[None]
+            return images.augment_fast(images.load_pixels(opened, drawn.sufficient_size()), drawn)[None]
         return images.augment(images.load_rgb(opened, drawn.sufficient_size()), drawn)[None]
 
     def _draw(self, image_size: tuple[int, int], caption: str, rng: np.random.Generator) -> images.Augmentation:
@@ -244,6 +189,7 @@ def evaluation_set(
     max_items: int = 0,
     rows_of: RowsOf = range,
     threads: int = 8,
+    left_out: LeftOut = NOTHING,
 ) -> EvaluationSet:
     """Opens a split for evaluation at the frames and image size of `stream_config` (`config.data.images` or `.videos`).
 
@@ -254,7 +200,7 @@ def evaluation_set(
         ValueError: no data set is named, or a caption is empty.
     """
     rows = EvaluationRows(batch_size, np.asarray(rows_of(batch_size)), threads)
-    records = Records(dataset_names, split, data_dir)
+    records = Records(dataset_names, split, data_dir, left_out)
     encode = EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
     return EvaluationSet(records, max_items, encode, rows)
 
@@ -377,9 +323,19 @@ class EvaluationSet:
 # ---- both ----
 
 
+def decode_clip(media: bytes, frames: int, *, rng: np.random.Generator | None = None) -> UInt8[np.ndarray, "F H W 3"]:
+    """`video.decode_frames`, also of a GIF; any other picture is a clip of one frame, which is repeated."""
+    if not video.is_video(media) and not media.startswith(b"GIF8"):
+        try:
+            return np.repeat(images.decode_image(media)[None], frames, axis=0)
+        except images.UnknownFormatError:
+            pass
+    return video.decode_frames(media, frames, rng=rng)
+
+
 def _evenly_spaced(media: bytes, frames: int) -> list[Image.Image]:
     if frames > 1 or video.is_video(media):
-        return [Image.fromarray(frame) for frame in video.decode_frames(media, frames)]
+        return [Image.fromarray(frame) for frame in decode_clip(media, frames)]
     return [images.load_rgb(images.open_image(media))]
 
 

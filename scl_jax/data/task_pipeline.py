@@ -18,7 +18,7 @@ Axes: B rows of this process's batch, F frames, H W pixels, K classes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import SupportsIndex
@@ -28,19 +28,19 @@ import numpy as np
 from jaxtyping import Float
 
 from scl_jax.data import builders
+from scl_jax.data.builders.targets import why_inconsistent
 from scl_jax.data.pipeline import (
     Config,
     EvaluationEncoder,
     EvaluationRows,
     NumpyBatch,
-    Record,
-    Records,
     RowsOf,
     Tokenizer,
     TrainExample,
     endless_examples,
     mixed_batches,
 )
+from scl_jax.data.records import NOTHING, LeftOut, Record, Records
 from scl_jax.data.vqa_answers import ANSWERS_PER_QUESTION
 
 
@@ -51,7 +51,7 @@ def class_names(names: Sequence[str], data_dir: str, split: str = "train") -> tu
         ValueError: two of the data sets number different classes.
         FileNotFoundError: a data set is not prepared.
     """
-    found = {name: builders.open_source(name, split, data_dir).classes for name in names if name}
+    found = {name: builders.open_source(name, split, data_dir, whole=False).classes for name in names if name}
     if len(set(found.values())) > 1:
         sizes = ", ".join(f"{name} {len(classes)}" for name, classes in found.items())
         raise ValueError(f"data sets of one stream number their classes differently ({sizes}); train them apart")
@@ -110,8 +110,8 @@ class Examples:
         ValueError: no data set is named, they hold no text, or they number different classes.
     """
 
-    def __init__(self, names: Sequence[str], split: str, data_dir: str):
-        self._records = Records(names, split, data_dir)
+    def __init__(self, names: Sequence[str], split: str, data_dir: str, left_out: LeftOut = NOTHING):
+        self._records = Records(names, split, data_dir, left_out)
         self.classes = class_names(names, data_dir, split)
         self._ends = list(accumulate(self._records.text_counts()))
         if len(self) == 0:
@@ -123,11 +123,22 @@ class Examples:
     def __getitem__(self, index: SupportsIndex) -> Example:
         example_id = index.__index__()
         item = bisect_right(self._ends, example_id)
-        return Example(self._records[item], example_id - (self._ends[item - 1] if item else 0), example_id)
+        first = self._ends[item - 1] if item else 0
+        record = self._records[item]
+        if reason := why_inconsistent(
+            {"captions": record.captions, **record.extra}, len(self.classes), self._ends[item] - first
+        ):
+            raise record.error(reason, "prepare the data set again")
+        return Example(record, example_id - first, example_id)
 
 
 def task_dataset(
-    data: Config, *, seed: int, tokenizer: Tokenizer, rows_of: RowsOf = range
+    data: Config,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    rows_of: RowsOf = range,
+    left_out: Mapping[str, LeftOut] = NOTHING,
 ) -> grain.IterDataset[NumpyBatch]:
     """The endless training batches of this process for a downstream task (`data` is `config.data`).
 
@@ -138,8 +149,9 @@ def task_dataset(
         ValueError: as `pipeline.train_dataset` and `Examples`.
     """
 
-    def make_examples(stream: Config, rng: np.random.SeedSequence) -> grain.MapDataset[NumpyBatch]:
-        examples = Examples(stream.datasets, "train", data.dir)
+    def make_examples(name: str, rng: np.random.SeedSequence) -> grain.MapDataset[NumpyBatch]:
+        stream = data[name]
+        examples = Examples(stream.datasets, "train", data.dir, left_out.get(name, NOTHING))
         make = _TrainTask(TrainExample(stream, data.text_length, tokenizer), len(examples.classes))
         return endless_examples(examples, make, rng)
 
@@ -173,6 +185,7 @@ def task_evaluation_set(
     max_items: int = 0,
     rows_of: RowsOf = range,
     threads: int = 8,
+    left_out: LeftOut = NOTHING,
 ) -> TaskEvaluationSet:
     """Opens a split of a downstream task, at the frames and image size of `stream_config`.
 
@@ -184,7 +197,7 @@ def task_evaluation_set(
     """
     rows = EvaluationRows(batch_size, np.asarray(rows_of(batch_size)), threads)
     encode = EvaluationEncoder(stream_config.image_size, stream_config.frames, text_length, tokenizer)
-    return TaskEvaluationSet(Examples(dataset_names, split, data_dir), max_items, encode, rows)
+    return TaskEvaluationSet(Examples(dataset_names, split, data_dir, left_out), max_items, encode, rows)
 
 
 class TaskEvaluationSet:

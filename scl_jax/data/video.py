@@ -5,6 +5,7 @@ the frames whatever the container says, also for variable frame rates and files 
 the decoder then starts at the last key frame before it, or just runs on when it is already past that key frame.
 Where this cannot work (packets without times, a seek that fails, a frame that does not decode) the clip is decoded from
 its beginning, and frames are chosen among those that can be read: a broken tail is cut off, it does not spoil the clip.
+So a clip that could be decoded once, with whatever frames, can always be decoded.
 
 Axes: F frames, H W pixels.
 """
@@ -21,6 +22,7 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from scl_jax.data.images import MAX_PIXELS
 
@@ -43,7 +45,7 @@ def decode_frames(data: bytes, frames: int, *, rng: np.random.Generator | None =
             stream = _video_stream(container)
             try:
                 return _decode_by_seek(container, stream, frames, draws)
-            except _SeekError:
+            except (_SeekError, FFmpegError):
                 pass
         return _decode_from_start(data, frames, draws)
     except FFmpegError as error:
@@ -78,6 +80,7 @@ def _video_stream(container: InputContainer) -> av.VideoStream:
         raise ValueError("cannot decode video: no decoder for its codec is installed here")
     if stream.width * stream.height > MAX_PIXELS:
         raise ValueError(f"video of {stream.width}x{stream.height} has more than {MAX_PIXELS} pixels a frame")
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of frames, whose size is not that of the header
     stream.codec_context.thread_count = 1  # the pipeline is parallel over examples
     stream.codec_context.open()  # before any frame is skipped: some decoders (dav1d) fix what they skip when opened
     return stream
@@ -164,6 +167,10 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _stack(pictures: list[np.ndarray]) -> np.ndarray:
-    if len({picture.shape for picture in pictures}) > 1:
-        raise ValueError("the picture size changes within the video; encode it again at one size")
-    return np.stack(pictures)
+    """The pictures as one array; where the size changes within a clip, later ones are scaled as a player does."""
+    height, width, _ = pictures[0].shape
+    alike = [
+        picture if picture.shape == pictures[0].shape else np.asarray(Image.fromarray(picture).resize((width, height)))
+        for picture in pictures
+    ]
+    return np.stack(alike)

@@ -6,7 +6,7 @@ Axes: B batch, K classes, N examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from scl_jax.data.task_pipeline import TaskEvaluationSet
 from scl_jax.data.vqa_answers import vqa_score
+from scl_jax.evaluation.gallery import queued
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 from scl_jax.partition import on_mesh
@@ -85,16 +86,22 @@ class ClassificationEvaluation:
         self, params: Params, stream: str, examples: TaskEvaluationSet
     ) -> tuple[Int[np.ndarray, " N"], np.ndarray | None]:
         """The class chosen for every example, and the targets where there are: scores (N, K) or labels (N,)."""
-        chosen, targets = [], []
-        for arrays in examples.batches():
+        done = 0
+
+        def run(arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
+            nonlocal done
             batch = Batch(**global_batch({name: arrays[name] for name in FIELDS if name in arrays}, self._mesh))
-            choice, weight = whole((self._choose(params, batch), batch.weight))
-            chosen.append(choice[weight > 0])
-            target = batch.label if batch.answer_scores is None else batch.answer_scores
-            targets.append(None if target is None else whole(target)[weight > 0])
+            done = min(done + batch.weight.shape[0], examples.num_examples)
             if self._progress is not None:
-                done = sum(len(part) for part in chosen)
                 self._progress(f"{self._task.loss}, {stream}", done, examples.num_examples)
+            target = batch.label if batch.answer_scores is None else batch.answer_scores
+            return self._choose(params, batch), target, batch.weight
+
+        chosen, targets = [], []
+        for choice, target, weight in queued(examples.batches(), run):
+            real = whole(weight) > 0
+            chosen.append(whole(choice)[real])
+            targets.append(None if target is None else whole(target)[real])
         known = None if any(part is None for part in targets) else np.concatenate(targets)
         return np.concatenate(chosen), known
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from scl_jax.data.pipeline import EvaluationSet
+from scl_jax.evaluation.gallery import queued
 from scl_jax.evaluation.ranking import Ranking
 from scl_jax.evaluation.retrieval import RetrievalEvaluation
 from scl_jax.models import parameters
@@ -63,9 +64,14 @@ class PretrainingEvaluation(RetrievalEvaluation):
 
     def accuracy(self, params: Params, examples: EvaluationSet) -> dict[str, float]:
         """Accuracy of matching and masked language modelling, the same masks at every call."""
-        totals: dict[str, LossSum] = {}
-        for index, arrays in enumerate(examples.pairs()):
+
+        def run(numbered: tuple[int, dict[str, Any]]) -> dict[str, LossSum]:
+            index, arrays = numbered
             batch = Batch(**global_batch(arrays, self._mesh))
-            sums = self._accuracies(params, batch, jax.random.fold_in(self._key, index))
-            totals = {name: totals[name] + value if name in totals else value for name, value in sums.items()}
+            return self._accuracies(params, batch, jax.random.fold_in(self._key, index))
+
+        first, *others = queued(enumerate(examples.pairs()), run)
+        totals = dict(first)
+        for sums in others:
+            totals = {name: total + sums[name] for name, total in totals.items()}
         return {name: float(value.mean()) for name, value in totals.items()}

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from scl_jax.evaluation.metrics import places
 KS = (1, 5, 10)
 NORM_EPSILON = 1e-8
 
-PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[np.ndarray, " N"]]
+PairScorer = Callable[[Int[np.ndarray, " N"], Int[np.ndarray, " N"]], Float[Array | np.ndarray, " N"]]
 """(text ids, item ids) → the matching head's log-odds that they are a pair: logit "pair" minus logit "no pair"."""
 
 Progress = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def rank(
         item: names the metrics; those of videos go under `retrieval/video/`.
         captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own
             item only, which is the default.
-        weights: of log P(pair) in "sum"; of several, the first with the highest mean recall is taken.
+        weights: of log P(pair) in "sum"; of several, the `clearly_best`.
         progress: is told how many pairs are scored.
 
     Returns:
@@ -120,12 +120,23 @@ def rank(
         return _metrics(prefix, {name: (final(i, weight), ways[i][2]) for i, (name, *_) in enumerate(ways)})
 
     by_weight = {weight: combined(weight) for weight in (weights if odds[0] is not None else (1.0,))}
-    weight = max(by_weight, key=lambda weight: by_weight[weight][f"{prefix}mean_recall"])
+    means = {weight: metrics[f"{prefix}mean_recall"] for weight, metrics in by_weight.items()}
+    weight = clearly_best(means, queries=len(text_items) + len(item_texts))
     metrics = _metrics(contrastive_prefix, {name: (scores, right) for name, scores, right, *_ in ways})
     metrics |= by_weight[weight]
     metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
     metrics |= {f"{prefix}items": len(item_texts), f"{prefix}matching_weight": weight}
     return Ranking(metrics, _top_of_rows(final(0, weight), max(KS)), _top_of_rows(final(1, weight), max(KS)), seconds)
+
+
+def clearly_best(mean_recalls: Mapping[float, float], queries: int) -> float:
+    """The smallest weight whose mean recall lies within one standard error of the best (Breiman et al., CART, 1984).
+
+    A matching head that does not clearly help gets no weight: what it gains on these queries, others may not show.
+    """
+    best = max(mean_recalls.values())
+    error = (best * (1 - best) / queries) ** 0.5
+    return min(weight for weight, recall in mean_recalls.items() if recall >= best - error)
 
 
 def contrastive_scores(
@@ -158,15 +169,28 @@ def score_in_batches(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0)."""
+    """Scores pairs in batches of one size, so that `score_pairs` compiles once; the last is padded with pair (0, 0).
+
+    Scores that are still being computed are read two batches later, so that the device never waits for the host.
+    """
     scores = np.empty(len(text_ids))
+    waiting: deque[tuple[int, int, Any]] = deque()
+
+    def read() -> None:
+        start, stop, batch = waiting.popleft()
+        scores[start:stop] = np.asarray(batch)[: stop - start]
+        if progress is not None:
+            progress(stop, len(text_ids))
+
     for start in range(0, len(text_ids), batch_size):
         stop = min(start + batch_size, len(text_ids))
         padding = (0, batch_size - (stop - start))
         batch = score_pairs(np.pad(text_ids[start:stop], padding), np.pad(item_ids[start:stop], padding))
-        scores[start:stop] = np.asarray(batch)[: stop - start]
-        if progress is not None:
-            progress(stop, len(text_ids))
+        waiting.append((start, stop, batch))
+        if len(waiting) > 2:
+            read()
+    while waiting:
+        read()
     return scores
 
 

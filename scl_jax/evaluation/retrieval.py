@@ -1,11 +1,13 @@
 """Retrieval by a whole model: every text and every item encoded once, the best candidates re-scored in pairs.
 
-Axes: B batch, N visual tokens, L text tokens, D fusion width, E contrastive width.
+Axes: B batch, R rows of a gallery, N visual tokens, L text tokens, D fusion width, E contrastive width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import jax
@@ -13,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from scl_jax.data.pipeline import EvaluationSet
-from scl_jax.evaluation.ranking import Ranking, rank
+from scl_jax.evaluation.gallery import Rows, queued
+from scl_jax.evaluation.ranking import PairScorer, Ranking, rank
 from scl_jax.models import parameters
 from scl_jax.models.heads import unit
 from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL
-from scl_jax.partition import on_mesh
-from scl_jax.training.sharding import global_batch, split_rows, whole
+from scl_jax.partition import on_mesh, split_batch
+from scl_jax.training.sharding import global_batch, replicated, split_rows, whole
 
 Head = Literal["matching", "rank"]
 
@@ -73,11 +76,20 @@ class RetrievalEvaluation:
 
         def score(params: Params, texts, masks, items, frames: int) -> Float[Array, " B"]:
             model = parameters.merge(graph, params)
-            return pair_scores(model, head, model.fusion.joint(model.fuse(texts, masks, items, frames)))
+            return pair_scores(model, head, model.joint(texts, masks, items, frames))
+
+        def score_rows(params: Params, texts, items, text_ids, item_ids, frames: int) -> Float[Array, " B"]:
+            (text, mask), item = (take(x, text_ids) for x in texts), take(items, item_ids)
+            return score(params, text, mask, item, frames)
+
+        def take(x: Shaped[Array, "R *axes"], rows: Int[Array, " B"]) -> Shaped[Array, "B *axes"]:
+            return split_batch(jnp.take(x, rows, axis=0))
 
         self._encode_items = jax.jit(on_mesh(mesh, encode_items))
         self._encode_texts = jax.jit(on_mesh(mesh, encode_texts))
-        self._score = jax.jit(on_mesh(mesh, score), static_argnums=4)
+        answer = replicated(mesh)
+        self._score = jax.jit(on_mesh(mesh, score), static_argnums=4, out_shardings=answer)
+        self._score_rows = jax.jit(on_mesh(mesh, score_rows), static_argnums=5, out_shardings=answer)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], dict[str, Ranking]]:
         """Flat metrics as in results.json, and the ranking of each stream."""
@@ -100,25 +112,22 @@ class RetrievalEvaluation:
 
     def retrieval(self, params: Params, stream: str, examples: EvaluationSet) -> Ranking:
         """Every text and every item encoded once, the best candidates re-scored in pairs."""
-        item_features, item_tokens = self._encode(params, examples.items(), ("pixels",), self._encode_items)
-        text_features, text_tokens, text_masks = self._encode(
-            params, examples.texts(), ("token_ids", "token_mask"), self._encode_texts, also="token_mask"
-        )
-        frames = next(iter(examples.items()))["pixels"].shape[1]
-
-        def score(text_ids: Int[np.ndarray, " B"], item_ids: Int[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
-            pairs = (text_tokens[text_ids], text_masks[text_ids], item_tokens[item_ids])
-            return whole(self._score(params, *split_rows(pairs, self._mesh), frames)).astype(np.float32)
+        batches = iter(examples.items())
+        first = next(batches)
+        frames = first["pixels"].shape[1]
+        items = self._encode(chain([first], batches), lambda batch: self._encode_items(params, batch["pixels"]))
+        texts = self._encode(examples.texts(), partial(self._text_columns, params))
+        pairs = self._pair_scorer(params, frames, texts, examples.num_captions, items, examples.num_items)
 
         def told(done: int, total: int) -> None:
             if self._progress is not None:
                 self._progress(f"retrieval, pairs of {stream}", done, total)
 
         return rank(
-            text_features,
-            item_features,
+            features(texts, examples.num_captions),
+            features(items, examples.num_items),
             examples.caption_item,
-            score_pairs=score if self._rerank or self._all_pairs else None,
+            score_pairs=pairs if self._rerank or self._all_pairs else None,
             rerank=self._rerank,
             all_pairs=self._all_pairs,
             combine="sum" if self._head == "matching" else "matching",
@@ -130,20 +139,41 @@ class RetrievalEvaluation:
             progress=told,
         )
 
-    def _encode(
-        self, params: Params, batches, fields: tuple[str, ...], encode: Any, also: str = ""
-    ) -> list[np.ndarray]:
-        """All rows of weight 1 of what `encode` gives for the named fields (and the field `also` itself)."""
-        parts: list[tuple[np.ndarray, ...]] = []
-        for arrays in batches:
-            batch = global_batch(
-                {name: arrays[name] for name in (*fields, "weight", *([also] if also else []))}, self._mesh
-            )
-            outputs = encode(params, *(batch[field] for field in fields))
-            extra = (batch[also],) if also else ()
-            weight, *columns = whole((batch["weight"], *outputs, *extra))
-            parts.append(tuple(x[weight > 0] for x in columns))
-        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+    def _text_columns(self, params: Params, batch: dict[str, Array]) -> tuple[Array, ...]:
+        """Features, tokens and masks."""
+        return *self._encode_texts(params, batch["token_ids"], batch["token_mask"]), batch["token_mask"]
+
+    def _encode(self, batches: Iterable[dict[str, Any]], encode: Callable[[dict[str, Array]], Any]) -> list[Any]:
+        """What `encode` gives for every batch, (B, …) each; the last rows are padding."""
+        fields = ("pixels", "token_ids", "token_mask")
+        chosen = ({name: arrays[name] for name in fields if name in arrays} for arrays in batches)
+        return queued(chosen, lambda arrays: encode(global_batch(arrays, self._mesh)))
+
+    def _pair_scorer(
+        self, params: Params, frames: int, texts: list[Any], num_texts: int, items: list[Any], num_items: int
+    ) -> PairScorer:
+        """The score of pairs by number; `texts` and `items` are what `_encode` gave."""
+        text_rows = Rows([columns[1:] for columns in texts], num_texts, self._mesh)
+        item_rows = Rows([columns[1:] for columns in items], num_items, self._mesh)
+
+        def on_device(text_ids: Int[np.ndarray, " B"], item_ids: Int[np.ndarray, " B"]) -> Float[Array, " B"]:
+            ids = split_rows((text_ids, item_ids), self._mesh)
+            return self._score_rows(params, text_rows.arrays, item_rows.arrays[0], *ids, frames)
+
+        if text_rows.on_device and item_rows.on_device:
+            return on_device
+        (tokens, masks), (visual,) = text_rows.on_host(), item_rows.on_host()
+
+        def from_host(text_ids: Int[np.ndarray, " B"], item_ids: Int[np.ndarray, " B"]) -> Float[Array, " B"]:
+            pairs = (tokens[text_ids], masks[text_ids], visual[item_ids])
+            return self._score(params, *split_rows(pairs, self._mesh), frames)
+
+        return from_host
+
+
+def features(columns: list[tuple[Array, ...]], count: int) -> Float[np.ndarray, "R E"]:
+    """The contrastive features of all rows but padding."""
+    return np.concatenate([whole(first) for first, *_ in columns])[:count]
 
 
 def pair_scores(model: SCL, head: Head, joint: Float[Array, "B J"]) -> Float[Array, " B"]:

@@ -188,7 +188,7 @@ class Model:
     def answer(self, image: Media, question: str, k: int = 5) -> list[tuple[str, float]]:
         """The k likeliest answers to a question about an image, each with its own probability (METHOD section 7).
 
-        Without a list of answers beside the checkpoint (answers.json) they are called by their class: "answer 17".
+        Without the list that fine-tuning leaves beside its checkpoint (classes.json) they are called "answer 17".
         """
         self.network.need("vqa", "answer")
         chances = self._pairs("answer", image, question)[0][0]

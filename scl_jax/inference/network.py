@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from scl_jax.models import parameters
-from scl_jax.models.fusion import IMAGE_TYPE, SECOND_IMAGE_TYPE
+from scl_jax.models.fusion import IMAGE_TYPE, SECOND_IMAGE_TYPE, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.parameters import Params
 
@@ -107,7 +107,7 @@ def _media(
 
 
 def _joint(model: Any, text: Tokens, mask: Mask, media: Visual, frames: int, image_type: int = IMAGE_TYPE) -> Array:
-    return model.fusion.joint(model.fuse(text, mask, media, frames, image_type=image_type))
+    return model.joint(text, mask, media, frames, image_type=image_type)
 
 
 def _match(graph, heads, params, text: Tokens, mask: Mask, media: Visual, *, frames: int) -> tuple[Array]:
@@ -126,8 +126,8 @@ def _rank(graph, heads, params, text: Tokens, mask: Mask, media: Visual, *, fram
 def _fill(graph, heads, params, text: Tokens, mask: Mask, media: Visual, position, *, frames: int) -> tuple[Array]:
     """Probabilities (B, V) of the token at `position` (B,)."""
     model = parameters.merge(graph, params)
-    fused = model.fuse(text, mask, media, frames)
-    hidden = jnp.take_along_axis(fused.text, position[:, None, None], axis=1)[:, 0]
+    wanted = Wanted(position[:, None], global_tokens(len(text), frames).image)
+    hidden = model.fuse(text, mask, media, frames, wanted=wanted).text[:, 0]
     return (jax.nn.softmax(_wide(model.masked_language(hidden)), axis=-1),)
 
 

@@ -2,10 +2,12 @@
 
 | source | what it holds |
 |---|---|
-| a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (the running average if any) |
-| an exported PyTorch folder | model.safetensors, config.json, the tokenizer |
+| a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (or their running average), classes |
+| an exported PyTorch folder | model.safetensors, config.json, the tokenizer, classes |
 | `.ckpt`, `.pt`, `.bin`, `.safetensors` | weights under the reference's names |
 | `owner/name` or `hub:owner/name` | one of the folders on the Hugging Face hub |
+
+classes.json lists the answers of the head, where there is one.
 """
 
 from __future__ import annotations
@@ -80,7 +82,6 @@ def read_weights(
         has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
         named = tokenizer or (str(own) if has_own else "roberta-base")
         config = config_of(sizes, named)
-        config.model.dtype = "float32"
         config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
         config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
         _adopt(config, path)
@@ -170,7 +171,7 @@ def _tokenizer(named: str, source: Path) -> Tokenizer:
 
 
 def _answers(path: Path) -> tuple[str, ...]:
-    file = path / "answers.json" if path.is_dir() else path.with_name("answers.json")
+    file = path / "classes.json" if path.is_dir() else path.with_name("classes.json")
     if not file.exists():
         return ()
     try:

@@ -7,20 +7,17 @@ D width, J = 2D joint width.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import flax.struct
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.layers import (
-    PostNormConfig,
-    PostNormLayer,
-    Precision,
-    Stack,
-    attention_weights,
-    split_key,
-)
+from scl_jax.models.attention import attention_weights
+from scl_jax.models.layers import Precision, split_key
+from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
+from scl_jax.models.stack import Stack
 
 TEXT_TYPE, IMAGE_TYPE, SECOND_IMAGE_TYPE = 0, 1, 2  # rows of the token-type table
 
@@ -37,12 +34,30 @@ class FusionConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over layers
+    attention: str = "xla"  # or "cudnn"
     epsilon: float = 1e-12  # BERT's
 
 
 @flax.struct.dataclass
+class Wanted:
+    """Positions of the tokens that are read of the last layer, which is computed there only.
+
+    The first of `text` is [CLS], the first of `image` are the [CLS] of the frames; patches come frame by frame.
+    """
+
+    text: Int[Array, "B S"]
+    image: Int[Array, "B R"]
+
+
+def global_tokens(batch: int, frames: int) -> Wanted:
+    """The [CLS] of the text and of every frame: what pooling reads."""
+    return Wanted(jnp.zeros((batch, 1), jnp.int32), jnp.broadcast_to(jnp.arange(frames), (batch, frames)))
+
+
+@flax.struct.dataclass
 class Fused:
-    """Output of the last fusion layer for a batch of pairs."""
+    """Output of the last fusion layer for a batch of pairs: of all tokens, or of those that were wanted."""
 
     text: Float[Array, "B L D"]
     image: Float[Array, "B N D"]
@@ -59,6 +74,11 @@ class Fused:
         return self.image[:, : self.frames]
 
     @property
+    def words(self) -> Float[Array, "B T D"]:
+        """The text without its [CLS]; where tokens were wanted, those behind it."""
+        return self.text[:, 1:]
+
+    @property
     def patches(self) -> Float[Array, "B F P D"]:
         """Patch tokens by frame."""
         b, n, d = self.image.shape
@@ -70,15 +90,18 @@ class CoAttentionLayer(nnx.Module):
 
     def __init__(self, config: FusionConfig, precision: Precision, rngs: nnx.Rngs):
         c = config
-        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout)
+        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout, c.attention)
         self.text = PostNormLayer(layer, True, precision, rngs)
         self.image = PostNormLayer(layer, True, precision, rngs)
 
-    def __call__(self, text, image, text_mask, key) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+    def __call__(
+        self, text, image, text_mask, key, wanted: Wanted | None = None
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B R D"]]:
         text_key, image_key = split_key(key, 2)
+        text_wanted, image_wanted = (None, None) if wanted is None else (wanted.text, wanted.image)
         return (
-            self.text(text, text_mask, image, None, key=text_key),
-            self.image(image, None, text, text_mask, key=image_key),
+            self.text(text, text_mask, image, None, key=text_key, wanted=text_wanted),
+            self.image(image, None, text, text_mask, key=image_key, wanted=image_wanted),
         )
 
 
@@ -90,7 +113,7 @@ class FusionEncoder(nnx.Module):
         self.text_transform = precision.linear(text_width, c.width, precision.bert_init, rngs)
         self.image_transform = precision.linear(image_width, c.width, precision.bert_init, rngs)
         self.token_type = nnx.Param(precision.bert_init(rngs.params(), (c.token_types, c.width), precision.param_dtype))
-        self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs)
+        self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.text_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
         self.image_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
 
@@ -109,10 +132,19 @@ class FusionEncoder(nnx.Module):
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
+        wanted: Wanted | None = None,
     ) -> Fused:
-        """Fuses transformed tokens; `frames` of the visual tokens are [CLS], `key` switches dropout on."""
-        x, y = self.add_types(text, image, image_type)
-        x, y = self.layers((x, y), lambda layer, xy, key: layer(*xy, text_mask, key), key)
+        """Fuses transformed tokens; `frames` of the visual tokens are [CLS], `key` switches dropout on.
+
+        `wanted`: which tokens of the result are read; all without it.
+        """
+
+        def apply(layer: CoAttentionLayer, xy, key, wanted: Wanted | None = None):
+            x, y = xy
+            return layer(x, y, text_mask, key, wanted)
+
+        last = None if wanted is None else partial(apply, wanted=wanted)
+        x, y = self.layers(self.add_types(text, image, image_type), apply, key, last=last)
         return Fused(x, y, frames)
 
     def cross_attention_maps(

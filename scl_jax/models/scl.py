@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder
+from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder, Wanted, global_tokens
 from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
 from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig, TextEncoder
@@ -80,9 +80,23 @@ class SCL(nnx.Module):
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
+        wanted: Wanted | None = None,
     ) -> Fused:
-        """Fuses encoded texts with encoded images or clips of `frames` frames."""
-        return self.fusion(text, text_mask, image, frames, key, image_type)
+        """Fuses encoded texts with encoded images or clips of `frames` frames; `wanted` says which tokens are read."""
+        return self.fusion(text, text_mask, image, frames, key, image_type, wanted)
+
+    def joint(
+        self,
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
+        frames: int,
+        key: Key[Array, ""] | None = None,
+        image_type: int = IMAGE_TYPE,
+    ) -> Float[Array, "B J"]:
+        """The joint vectors of pairs; of the last fusion layer, only the tokens that are pooled are computed."""
+        wanted = global_tokens(text.shape[0], frames)
+        return self.fusion.joint(self.fuse(text, text_mask, image, frames, key, image_type, wanted))
 
     @jax.named_scope("contrastive_head")
     def project_image(self, image: Float[Array, "B N D"], frames: int) -> Float[Array, "B E"]:

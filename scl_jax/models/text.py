@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.layers import PostNormConfig, PostNormLayer, Precision, Stack, dropout, split_key
+from scl_jax.models.dropout import dropout
+from scl_jax.models.layers import Precision, split_key
+from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
+from scl_jax.models.stack import Stack
 from scl_jax.partition import split_batch, whole
 
 PAD_ID = 1  # RoBERTa's; padding takes position 1, the first token position 2
@@ -30,6 +33,8 @@ class TextConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over layers
+    attention: str = "xla"  # or "cudnn"
     epsilon: float = 1e-5  # RoBERTa's
 
 
@@ -59,8 +64,12 @@ class TextEncoder(nnx.Module):
         self.position_embedding = embedding(c.max_positions)
         self.segment_embedding = embedding(1)  # RoBERTa has one segment
         self.norm = precision.norm(c.width, c.epsilon, rngs)
-        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout)
-        self.layers = Stack(lambda rngs: PostNormLayer(layer, False, precision, rngs), c.layers, c.remat, rngs)
+        layer = PostNormConfig(c.width, c.heads, c.mlp_width, c.epsilon, c.dropout, c.attention_dropout, c.attention)
+
+        def make(rngs: nnx.Rngs) -> PostNormLayer:
+            return PostNormLayer(layer, False, precision, rngs)
+
+        self.layers = Stack(make, c.layers, c.remat, rngs, c.unroll)
         self.dropout = c.dropout
 
     def embed(self, token_ids: Int[Array, "B L"], key: Key[Array, ""] | None = None) -> Float[Array, "B L D"]:

@@ -12,16 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from scl_jax.models.layers import (
-    FeedForward,
-    Precision,
-    Projection,
-    Stack,
-    attend,
-    gather_tokens,
-    merge_heads,
-    quick_gelu,
-)
+from scl_jax.models.attention import Projection, attend, merge_heads
+from scl_jax.models.layers import FeedForward, Precision, gather_tokens, quick_gelu
+from scl_jax.models.stack import Stack
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -39,6 +32,8 @@ class VisionConfig:
     image_size: int = 288
     max_frames: int = 8
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over layers
+    attention: str = "xla"  # or "cudnn"
     epsilon: float = 1e-5  # CLIP's
 
 
@@ -103,6 +98,7 @@ class FrameAttention(nnx.Module):
         out_init = nnx.initializers.normal(config.width**-0.5 * (2 * config.layers) ** -0.5)
         self.qkv = Projection(config.width, 3, config.heads, init, precision, rngs)
         self.out = precision.linear(config.width, config.width, out_init, rngs)
+        self.implementation = config.attention
 
     def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
         query, key, value = self.qkv(x)  # (B, F, N, H, d)
@@ -114,11 +110,16 @@ class FrameAttention(nnx.Module):
         def frames_joined(y):  # (B, F, N, H, d) → (B, F·N, H, d)
             return y.reshape(b, f * n, *y.shape[3:])
 
+        def within(query):  # of a frame
+            keys, values = frames_apart(key), frames_apart(value)
+            return attend(frames_apart(query), keys, values, implementation=self.implementation)
+
         if f == 1:  # [CLS] sees what the patches see: one call
-            y = attend(frames_apart(query), frames_apart(key), frames_apart(value)).reshape(query.shape)
+            y = within(query).reshape(query.shape)
         else:
-            cls = attend(query[:, :, 0], frames_joined(key), frames_joined(value))  # (B, F, H, d)
-            patches = attend(frames_apart(query[:, :, 1:]), frames_apart(key), frames_apart(value))
+            # (B, F, H, d); a few queries gain nothing from a fused kernel
+            cls = attend(query[:, :, 0], frames_joined(key), frames_joined(value))
+            patches = within(query[:, :, 1:])
             patches = patches.reshape(b, f, n - 1, *patches.shape[2:])
             y = jnp.concatenate([cls[:, :, None], patches], axis=2)
         return self.out(merge_heads(y))
@@ -166,7 +167,7 @@ class VisionEncoder(nnx.Module):
         self.position_embedding = parameter(tokens, c.width)
         self.temporal_embedding = parameter(c.max_frames, c.width)
         self.norm_pre = precision.norm(c.width, c.epsilon, rngs)
-        self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs)
+        self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.norm_post = precision.norm(c.width, c.epsilon, rngs)
         self.patch_size = c.patch_size
         self.dtype = precision.dtype

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.fusion import Fused
+from scl_jax.models.fusion import Fused, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
@@ -101,6 +101,11 @@ def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def draw_uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Uniform in [0, 1); every device draws, and later sorts, the rows of its own samples only."""
+    return split_batch(jax.random.uniform(key, shape))
+
+
 def group_shape(batch: int, group_size: int) -> tuple[int, int]:
     """(groups, samples of a group); a batch smaller than a group is one group."""
     size = min(group_size, batch)
@@ -136,13 +141,13 @@ def draw_masks(batch: Batch, patches: int, key: Key[Array, ""], spec: MaskSpec) 
     )
     if not spec.hard_negatives:
         return masks
-    hard = jax.random.uniform(named_key(key, "hard_negatives"), is_pair.shape) < spec.hard_negatives
+    hard = draw_uniform(named_key(key, "hard_negatives"), is_pair.shape) < spec.hard_negatives
     return dataclasses.replace(masks, hard=hard, partner_noise=noise)
 
 
 def draw_kept_patches(key: Key[Array, ""], batch: int, patches: int, drop_ratio: float) -> Int[Array, "B S"]:
     """`int(P·(1-ratio))` random patches of each sample (METHOD section 1: 324 → 64, 196 → 39)."""
-    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
+    order = jnp.argsort(draw_uniform(key, (batch, patches)), axis=1)
     return order[:, : int(patches * (1 - drop_ratio))]
 
 
@@ -151,7 +156,7 @@ def draw_replaced_patches(
 ) -> tuple[Bool[Array, "B P"], Int[Array, "B R"]]:
     """`int(ratio·P)` random patches of each sample, as a mask and as positions."""
     count = int(replace_ratio * patches)
-    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
+    order = jnp.argsort(draw_uniform(key, (batch, patches)), axis=1)
     rank = jnp.argsort(order, axis=1)
     return rank < count, order[:, :count]
 
@@ -162,7 +167,7 @@ def draw_completion_tokens(
     """`int(n·ratio) + 1` distinct random tokens of the n between `<s>` and `</s>`; none where n = 0."""
     length = word_ids.shape[1]
     words = word_ids >= 0
-    order = jnp.argsort(jnp.where(words, jax.random.uniform(key, word_ids.shape), 2.0), axis=1)
+    order = jnp.argsort(jnp.where(words, draw_uniform(key, word_ids.shape), 2.0), axis=1)
     slots = order[:, : int((length - 2) * ratio) + 1]
     tokens = words.sum(axis=1, keepdims=True)
     count = jnp.where(tokens > 0, jnp.floor(tokens * ratio + 1e-6).astype(jnp.int32) + 1, 0)
@@ -183,7 +188,7 @@ def draw_whole_words(
     tokens = (word_ids >= 0).sum(axis=1, keepdims=True)
     quota = jnp.where(tokens > 0, jnp.maximum(1, jnp.round(ratio * tokens)), 0)
     # a random score per word, the same for all its tokens, so that sorting tokens keeps words together
-    word_score = jax.random.uniform(key, word_ids.shape)
+    word_score = draw_uniform(key, word_ids.shape)
     score = jnp.take_along_axis(word_score, jnp.maximum(word_ids, 0), axis=1)
     tokens_of_word = (word_ids[:, :, None] == word_ids[:, None, :]).sum(axis=2)
     score = jnp.where(tokens_of_word > slots, score + 1.0, score)
@@ -208,7 +213,7 @@ def put(ids: Int[Array, "B L"], slots: Int[Array, "B S"], valid: Bool[Array, "B 
 def corrupt(key, ids, slots, valid, spec: MaskSpec) -> Int[Array, "B L"]:
     """BERT's corruption of the chosen tokens: 80 % become the mask, 10 % a random token, 10 % stay."""
     choice_key, token_key = jax.random.split(key)
-    choice = jax.random.uniform(choice_key, slots.shape)
+    choice = draw_uniform(choice_key, slots.shape)
     mask_among_words = int(spec.mask_id >= spec.special_ids)  # RoBERTa's is the last token, our tokenizers' the fifth
     random_ids = jax.random.randint(token_key, slots.shape, spec.special_ids, spec.vocab_size - mask_among_words)
     random_ids += (random_ids >= spec.mask_id) * mask_among_words  # never the mask itself
@@ -232,12 +237,12 @@ def draw_partners(
     """
     groups, size = group_shape(batch.item_id.shape[0], group_size)
     half_key, partner_key = jax.random.split(key)
-    keeps = jnp.argsort(jnp.argsort(jax.random.uniform(half_key, (groups, size)), axis=1), axis=1) < (size + 1) // 2
+    keeps = jnp.argsort(jnp.argsort(draw_uniform(half_key, (groups, size)), axis=1), axis=1) < (size + 1) // 2
     items, real = batch.item_id.reshape(groups, size), batch.weight.reshape(groups, size) > 0
     texts = batch.token_ids.reshape(groups, size, -1)
     same_text = (texts[:, :, None] == texts[:, None, :]).all(axis=-1)
     allowed = (items[:, :, None] != items[:, None, :]) & ~same_text & real[:, None, :]
-    noise = jnp.where(allowed, jax.random.gumbel(partner_key, allowed.shape), -jnp.inf)
+    noise = jnp.where(allowed, split_batch(jax.random.gumbel(partner_key, allowed.shape)), -jnp.inf)
     is_pair = keeps | ~allowed.any(axis=2)
     partner = jnp.where(is_pair, jnp.arange(size)[None], jnp.argmax(noise, axis=2))
     return is_pair.reshape(-1), partner.reshape(-1), noise.reshape(-1, size)
@@ -315,6 +320,24 @@ def take_partner(x: Float[Array, "B N D"], partner: Int[Array, " B"], group_size
     return jnp.take_along_axis(grouped, index, axis=1).reshape(x.shape)
 
 
+def wanted_tokens(masks: Masks, pairs: Collection[str], frames: int) -> dict[str, Wanted]:
+    """The tokens of every pair that an objective reads: the [CLS], and the slots of what is to be recovered."""
+    everyone = global_tokens(masks.partner.shape[0], frames)
+    patches = masks.replaced.shape[-1]
+    offsets = frames + patches * jnp.arange(frames)[:, None]  # of a frame's patches among the visual tokens
+    slots = (masks.replaced_slots[:, None] + offsets).reshape(masks.replaced_slots.shape[0], -1)  # (B, F·R)
+    text_slots = {"language": masks.language_slots, "completion": masks.completion_slots}
+    text_slots["dropped"] = masks.completion_slots
+    image_slots = {"replaced": slots, "completion": slots} if "replaced" in pairs else {}
+
+    def after(first: Array, more: Array | None) -> Array:
+        return first if more is None else jnp.concatenate([first, more.astype(first.dtype)], axis=1)
+
+    return {
+        n: Wanted(after(everyone.text, text_slots.get(n)), after(everyone.image, image_slots.get(n))) for n in pairs
+    }
+
+
 def fuse_pairs(
     model: SCL,
     batch: Batch,
@@ -324,7 +347,7 @@ def fuse_pairs(
     group_size: int,
     key: Key[Array, ""] | None = None,
 ) -> dict[str, Fused]:
-    """Fuses the named `pairs` of encoded views; `key` switches dropout on."""
+    """Fuses the named `pairs` of encoded views; `key` switches dropout on. Each has its `wanted_tokens`, no others."""
     same_key, dropped_key = split_key(key, 2)
     full = views.images["full"]
     names = [name for name in SAME_SHAPE_PAIRS if name in pairs]
@@ -335,19 +358,36 @@ def fuse_pairs(
         else:
             image_of["matching"] = take_partner(full, masks.partner, group_size)
     text_of = {"matching": "full", "language": "language", "replaced": "full", "completion": "completion"}
+    wanted = wanted_tokens(masks, pairs, views.frames)
     fused = {}
     if names:
+        texts, images = ([getattr(wanted[name], kind) for name in names] for kind in ("text", "image"))
         result = model.fuse(
             interleave([views.texts[text_of[name]] for name in names]),
             interleave([batch.token_mask] * len(names)),
             interleave([image_of[name] for name in names]),
             views.frames,
             same_key,
+            wanted=Wanted(interleave(same_length(texts)), interleave(same_length(images))),
         )
-        texts, images = separate(result.text, len(names)), separate(result.image, len(names))
-        fused = {n: Fused(t, i, views.frames) for n, t, i in zip(names, texts, images, strict=True)}
+        for name, text, image in zip(
+            names, separate(result.text, len(names)), separate(result.image, len(names)), strict=True
+        ):
+            counts = wanted[name].text.shape[1], wanted[name].image.shape[1]
+            fused[name] = Fused(text[:, : counts[0]], image[:, : counts[1]], views.frames)
     if "dropped" in pairs:
         fused["dropped"] = model.fuse(
-            views.texts["full"], batch.token_mask, views.images["dropped"], views.frames, dropped_key
+            views.texts["full"],
+            batch.token_mask,
+            views.images["dropped"],
+            views.frames,
+            dropped_key,
+            wanted=wanted["dropped"],
         )
     return fused
+
+
+def same_length(slots: list[Int[Array, "B _"]]) -> list[Int[Array, "B S"]]:
+    """Positions of several pairs as many as the longest has; the others ask for token 0 again."""
+    longest = max(x.shape[1] for x in slots)
+    return [jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in slots]

@@ -34,7 +34,7 @@ class Statements(ClassifierTask):
         pixels = [batch.pixels, needed(batch.second_pixels, "second_pixels")]
         images = separate(model.encode_image(interleave(pixels)), 2)
         joints = [
-            model.fusion.joint(model.fuse(text, batch.token_mask, image, batch.pixels.shape[1], fusion_key, image_type))
+            model.joint(text, batch.token_mask, image, batch.pixels.shape[1], fusion_key, image_type)
             for image, fusion_key, image_type in zip(images, fusion_keys, (IMAGE_TYPE, SECOND_IMAGE_TYPE), strict=True)
         ]
         return model.nlvr2(jnp.concatenate(joints, axis=-1))

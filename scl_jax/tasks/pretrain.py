@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from scl_jax.models.layers import gather_tokens, split_key
+from scl_jax.models.layers import split_key
 from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL
 from scl_jax.objectives.contrastive import contrastive_loss
@@ -110,7 +110,7 @@ class Pretraining:
             losses["matching"] = matching_loss(logits, masks.is_pair, batch.weight)
             accuracies["matching"] = matching_correct(logits, masks.is_pair, batch.weight)
         if "masked_language" in active:
-            logits = model.masked_language(gather_tokens(fused["language"].text, masks.language_slots))
+            logits = model.masked_language(fused["language"].words)
             labels = jnp.take_along_axis(batch.token_ids, masks.language_slots, axis=1)
             weight = masks.language_valid * batch.weight[:, None]
             losses["masked_language"] = masked_language_loss(logits, labels, weight)
@@ -131,19 +131,17 @@ class Pretraining:
         groups, _ = group_shape(batch.weight.shape[0], self.masks.group_size)
         losses = {}
         if "local_vision" in active:
-            frames = batch.pixels.shape[1]
-            slots = jnp.repeat(masks.replaced_slots[:, None], frames, axis=1)  # (B, F, R)
             losses["local_vision"] = local_vision_loss(
-                gather_tokens(fused["replaced"].patches, slots),
-                gather_tokens(fused["completion"].patches, slots),
+                fused["replaced"].patches,
+                fused["completion"].patches,
                 batch.weight,
                 self.local_temperature["local_vision"],
                 groups,
             )
         if "local_text" in active:
             losses["local_text"] = local_text_loss(
-                gather_tokens(fused["completion"].text, masks.completion_slots),
-                gather_tokens(fused["dropped"].text, masks.completion_slots),
+                fused["completion"].words,
+                fused["dropped"].words,
                 masks.completion_valid,
                 batch.weight,
                 self.local_temperature["local_text"],

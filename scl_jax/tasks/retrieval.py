@@ -164,7 +164,7 @@ def rank_scores(
 ) -> Float[Array, "B T"]:
     """The rank head's score of every image with each of its encoded texts."""
     images = jnp.repeat(image, text.shape[1], axis=0)  # (B·T, N, D)
-    joint = model.fusion.joint(model.fuse(flat(text), flat(mask), images, frames, key))
+    joint = model.joint(flat(text), flat(mask), images, frames, key)
     return fold(model.rank(joint)[:, 0], mask)
 
 

@@ -37,4 +37,4 @@ def joint_vector(model: SCL, batch: Batch, key: Key[Array, ""] | None = None) ->
     text_key, fusion_key = split_key(key, 2)
     text = model.encode_text(batch.token_ids, batch.token_mask, text_key)
     image = model.encode_image(batch.pixels)
-    return model.fusion.joint(model.fuse(text, batch.token_mask, image, batch.pixels.shape[1], fusion_key))
+    return model.joint(text, batch.token_mask, image, batch.pixels.shape[1], fusion_key)

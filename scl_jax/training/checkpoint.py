@@ -34,8 +34,9 @@ from scl_jax.training.state import TrainState
 for module in (future, signaling_client):
     module.time = SimpleNamespace(**(vars(time) | {"time": time.monotonic}))  # type: ignore[attr-defined]
 
-# Orbax warns at every save between two evaluations
-logging.getLogger("absl").addFilter(lambda record: "did not provide metrics" not in record.getMessage())
+# Orbax warns at every save between two evaluations, and where the state alone is read
+_HARMLESS = ("did not provide metrics", "Metadata file does not exist")
+logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _HARMLESS))
 
 # how damaged files show: missing (OSError), cut short or no JSON (ValueError), missing keys, errors of the runtime
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)

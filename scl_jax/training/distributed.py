@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from scl_jax.types import Batch
@@ -231,6 +234,24 @@ def meet(name: str, timeout: int) -> None:
     if jax.process_count() > 1:
         everyone = set(range(jax.process_count()))  # named, or Orbax takes a collective of the devices
         multihost.sync_global_processes(name, timeout=timeout, processes=everyone)
+
+
+_TEXTS = itertools.count()
+
+
+def share(text: str, timeout: int) -> list[str]:
+    """The texts that all processes give, in their order; waits for the others, `timeout` seconds at most.
+
+    Raises:
+        jax.errors.JaxRuntimeError: one did not come.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    meet(f"text {next(_TEXTS)} is there", timeout)
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine))).tolist()
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, max(sizes) - len(mine))))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 class CompiledTogether:

@@ -73,6 +73,22 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """√Σx² over all leaves, each squared and summed by one product with itself: nothing but the number is stored."""
+    squares = [jnp.tensordot(x, x, x.ndim, precision="highest") for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros([])))
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales updates down to a norm of `most` where they are longer."""
+
+    def clip(updates, _):
+        norm = global_norm(updates)
+        return jax.tree.map(lambda u: jnp.where(norm < most, u, u / norm.astype(u.dtype) * most), updates)
+
+    return optax.stateless(clip)
+
+
 class AdamState(NamedTuple):
     """Moments of `scale_by_reference_adam`."""
 
@@ -107,7 +123,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax
     decay_mask = parameters.unflatten({path: decays(path, c) for path in flat})
     adam = scale_by_reference_adam if c.adam_eps_uncorrected else optax.scale_by_adam
     return optax.chain(
-        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         adam(c.b1, c.b2, c.eps),
         optax.add_decayed_weights(c.weight_decay, decay_mask),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers)),

@@ -25,6 +25,7 @@ from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 from scl_jax.tasks.task import Outputs, Task, WholeBatch
 from scl_jax.training.nonfinite import SKIPPED, keep_where_finite
+from scl_jax.training.optimizer import global_norm
 from scl_jax.training.state import TrainState
 from scl_jax.types import Batch, LossSum
 
@@ -137,7 +138,7 @@ def make_step(
             gradient, outputs = whole_batch_gradient(*arguments)
         else:
             gradient, outputs = accumulated_gradient(*arguments, accumulate)
-        total, norm = weighted_total(outputs.losses, weights), optax.tree.norm(gradient)
+        total, norm = weighted_total(outputs.losses, weights), global_norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(gradient, state.opt_state, state.params)

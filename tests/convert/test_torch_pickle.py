@@ -214,6 +214,26 @@ def test_a_truncated_file(tmp_path: Path) -> None:
         read_tensors(tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("content", [b"layer.weight", np.float32(0.5).tobytes()], ids=["name", "number"])
+def test_a_bit_that_flipped_on_the_way(tmp_path: Path, content: bytes) -> None:
+    """Torch writes a checksum of every entry, unless it is told to write zeros."""
+    weights = {"layer.weight": torch.tensor([0.5, 2.0]), "more": {"optimizer": torch.zeros(5)}}
+    torch.save(weights, tmp_path / "w.pt")
+    data = bytearray((tmp_path / "w.pt").read_bytes())
+    data[data.index(content)] ^= 1
+    (tmp_path / "w.pt").write_bytes(data)
+    with pytest.raises(
+        TorchFileError, match=r"w\.pt: its entry 'w/data\S+' is damaged \(wrong checksum\): download it"
+    ):
+        read_tensors(tmp_path / "w.pt")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, tmp_path / "unchecked.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_tensors(tmp_path / "unchecked.pt")["layer.weight"].tolist() == [0.5, 2.0]
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt: no such file"):
         read_tensors(tmp_path / "nowhere.pt")

@@ -221,6 +221,19 @@ def test_an_empty_caption_is_named(data, sources):
         take(iterator(data), 9)
 
 
+def test_a_picture_in_a_stream_of_clips_is_upright_and_stands_still():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3)).resize((40, 20)).save(buffer, "JPEG", exif=exif)
+    clip = pipeline.decode_clip(buffer.getvalue(), 3)
+    assert clip.shape == (3, 40, 20, 3) and (clip == clip[0]).all()
+    animation = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), (80 * k, 0, 0)) for k in range(3)]
+    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    assert pipeline.decode_clip(animation.getvalue(), 3)[:, 4, 4, 0].tolist() == pytest.approx([0, 80, 160], abs=4)
+
+
 # ---- evaluation ----
 
 

@@ -168,6 +168,47 @@ def test_a_stream_of_zero_frames_is_an_error():
         video.decode_frames(clip(0), 4)
 
 
+def test_a_file_that_lost_its_index_is_an_error():
+    data = clip(24, container="mp4")  # the index of an mp4 file stands at its end
+    with pytest.raises(ValueError, match=r"cannot decode video of \d+ bytes: Invalid data"):
+        video.decode_frames(data[: data.index(b"moov") - 4], 4)
+
+
+def test_an_avi_file_without_its_index_still_decodes():
+    data = clip(24, container="avi", codec="mpeg4")
+    assert numbers(video.decode_frames(data[: data.index(b"idx1")], 4)) == [0, 8, 15, 23]
+
+
+@pytest.mark.parametrize("side", [20_000, 65_535])
+def test_a_clip_of_enormous_frames_is_refused_by_its_header(side):
+    """The decoder finds the size in the stream itself, which the container's header need not tell."""
+    data = clip(4, container="webm", codec="libvpx")
+    start = data.index(b"\x9d\x01\x2a") + 3  # of a VP8 key frame; width and height follow
+    frames = data.replace(data[: start + 4][-7:], b"\x9d\x01\x2a" + min(side, 16_383).to_bytes(2, "little") * 2)
+    with pytest.raises(ValueError, match="pixels a frame|no frame that can be decoded|cannot decode video"):
+        video.decode_frames(frames, 2)
+
+
+def test_where_the_size_changes_within_a_clip_later_frames_are_scaled():
+    small, large = clip(4, container="h264"), _larger(4)
+    decoded = video.decode_frames(small + large, 8)
+    assert decoded.shape == (8, 48, 64, 3)
+    assert numbers(decoded) == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def _larger(total: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="h264") as out:
+        stream = out.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for k in range(total):
+            out.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((96, 128, 3), 16 + 8 * k, np.uint8), format="rgb24"))
+            )
+        out.mux(stream.encode())
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("data", [b"", b"<html></html>", b"\x00" * 1000])
 def test_no_video_at_all_is_an_error(data):
     with pytest.raises(ValueError, match="cannot decode video"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scl_jax.evaluation.ranking import contrastive_scores, rank, score_in_batches, top_candidates
+from scl_jax.evaluation.ranking import clearly_best, contrastive_scores, rank, score_in_batches, top_candidates
 
 ITEMS, WIDTH = 23, 8
 
@@ -60,6 +60,12 @@ def test_equal_captions_find_one_anothers_items_when_asked():
     assert own["retrieval/text_to_image/recall@1"] == pytest.approx(2 / 3)
     alike = rank(texts, items, np.arange(3), captions=["a star", "a star", "a cross"]).metrics
     assert alike["retrieval/text_to_image/recall@1"] == alike["retrieval/image_to_text/recall@1"] == 1.0
+
+
+def test_a_matching_head_that_does_not_clearly_help_gets_no_weight():
+    assert clearly_best({0.0: 0.84, 1.0: 0.85, 2.0: 0.83}, queries=700) == 0.0  # one standard error is 0.0135
+    assert clearly_best({0.0: 0.80, 0.5: 0.84, 1.0: 0.85}, queries=700) == 0.5
+    assert clearly_best({0.0: 0.999, 1.0: 1.0}, queries=700) == 1.0
 
 
 def test_the_best_weight_of_the_matching_head_is_taken():

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_model import PRETRAINING, gif, png, scenes, write_run
+from tiny_model import PRETRAINING, gif, png, png_header, scenes, write_run
 
 import scl_jax
 from scl_jax.inference import MediaError, MissingHeadError, TextError
@@ -23,6 +23,8 @@ CLIP = scenes("videos", 1)[0]["media"]
         (b"no picture at all", "no image format known here"),
         (png()[:60], "cannot decode"),
         (CLIP, "a video, not an image"),
+        (png_header(20_000, 20_000), "far more than 89478485 pixels"),
+        (png_header(10_000, 10_000), "10000x10000 has more than 89478485 pixels"),
         ("missing.jpg", "no such file"),
         (np.zeros((8, 8, 3)), "uint8"),
         (np.zeros((0, 8, 3), np.uint8), "uint8"),

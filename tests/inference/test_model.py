@@ -21,6 +21,7 @@ from scl_jax import build
 from scl_jax.convert.checkpoints import read_parameters
 from scl_jax.data import images
 from scl_jax.data.video import decode_frames
+from scl_jax.inference import Model
 from scl_jax.inference.weights import read_weights
 from scl_jax.models import parameters
 from scl_jax.models.fusion import IMAGE_TYPE, SECOND_IMAGE_TYPE
@@ -109,6 +110,12 @@ def test_paths_bytes_pil_images_and_arrays_are_the_same_picture(tiny_model, tmp_
     np.testing.assert_array_equal(features, np.repeat(features[:1], len(kinds), axis=0))
 
 
+def test_encode_media_takes_images_or_clips(tiny_model):
+    np.testing.assert_array_equal(tiny_model.encode_media(PICTURES[:2]), tiny_model.encode_images(PICTURES[:2]))
+    clip = MOVING[1]["media"]
+    np.testing.assert_array_equal(tiny_model.encode_media(clip), tiny_model.encode_videos(clip))
+
+
 def test_similarity_is_the_matrix_of_cosines(tiny_model):
     expected = tiny_model.encode_images(PICTURES) @ tiny_model.encode_texts(TEXTS).T
     np.testing.assert_allclose(tiny_model.similarity(PICTURES, TEXTS), expected, atol=1e-6)
@@ -169,7 +176,7 @@ def test_answer_entails_and_compare_use_their_heads(tiny_model, network, monkeyp
     assert found == pytest.approx(softmax(entailment).tolist(), abs=1e-5)
     found = tiny_model.compare(PICTURES[0], PICTURES[1], TEXTS[1])
     assert found == pytest.approx(float(softmax(truth)[1]), abs=1e-5)
-    monkeypatch.setattr(tiny_model, "answers", ())  # no answers.json beside the checkpoint
+    monkeypatch.setattr(tiny_model, "answers", ())  # no classes.json beside the checkpoint
     assert tiny_model.answer(PICTURES[0], TEXTS[1], k=1)[0][0] == f"answer {chances.argmax()}"
 
 
@@ -200,6 +207,7 @@ def test_the_same_weights_in_other_files_give_the_same_features(tiny_model, tiny
     to_torch(tiny_run, tmp_path / "exported", say=lambda line: None)
     folder = scl_jax.load(str(tmp_path / "exported"), batch_sizes=(1, 8))
     assert (folder.text_length, folder.image_size, folder.video_frames) == (16, 64, 2)
+    assert folder.answers == tiny_model.answers == ANSWERS
     np.testing.assert_allclose(folder.encode_images(PICTURES), tiny_model.encode_images(PICTURES), atol=1e-6)
     (tmp_path / "exported" / "config.json").unlink()
     file = read_weights(str(tmp_path / "exported" / "model.safetensors"), heads=2, vision_heads=2)
@@ -226,3 +234,10 @@ def test_a_config_of_a_run_builds_the_network_that_training_built(tiny_run):
     loaded = parameters.flatten(parameters.abstract(read_weights(str(tiny_run)).make)[1])
     same = {path for path in trained if path != "fusion.token_type"}  # this checkpoint has the third row of NLVR2
     assert all(loaded[path].shape == trained[path].shape for path in same)
+
+
+def test_every_method_that_users_call_is_tested_here():
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    methods = [name for name in vars(Model) if not name.startswith("_")]
+    assert len(methods) >= 12
+    assert [name for name in methods if f"model.{name}(" not in tests] == []

@@ -17,7 +17,7 @@ from flax import nnx
 from golden_case import GOLDEN
 
 from scl_jax.models import parameters
-from scl_jax.models.fusion import FusionConfig
+from scl_jax.models.fusion import FusionConfig, Wanted
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig, class_tokens_first, resize_positions
@@ -247,6 +247,17 @@ def test_the_joint_vector_is_the_pooled_text_then_the_pooled_mean_of_the_frames(
     expected = [np.tanh(np.asarray(x) @ weights[n]["kernel"] + weights[n]["bias"]) for n, x in globals_.items()]
     np.testing.assert_allclose(network.fusion.joint(fused), np.concatenate(expected, axis=1), atol=TOLERANCE)
     assert fused.patches.shape == (B, FRAMES, PATCHES, D)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_wanted_tokens_are_those_of_the_whole_last_layer(remat):
+    ids, mask = text()
+    words, image = encode_text(ids, mask), random(B, FRAMES + FRAMES * PATCHES, D)
+    rng = np.random.default_rng(0)
+    wanted = Wanted(*(jnp.asarray(rng.integers(0, n, (B, 3))) for n in (L, image.shape[1])))
+    fuse = jax.jit(lambda wanted: dataclasses.astuple(model(remat).fuse(words, mask, image, FRAMES, wanted=wanted))[:2])
+    for some, every, slots in zip(fuse(wanted), fuse(None), (wanted.text, wanted.image), strict=True):
+        np.testing.assert_allclose(some, jnp.take_along_axis(every, slots[..., None], axis=1), atol=TOLERANCE)
 
 
 def test_attention_maps_are_shares_of_the_image():

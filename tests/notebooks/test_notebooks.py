@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,12 +25,35 @@ def load_sync():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_what_its_script_says(name):
-    script = ROOT / "notebooks" / f"{name}.py"
-    assert script.with_suffix(".ipynb").read_text() == load_sync().notebook_of(script), "run launch/notebooks.py"
+    sync, script = load_sync(), ROOT / "notebooks" / f"{name}.py"
+    assert script.with_suffix(".ipynb").read_text() == sync.notebook_of(script, sync.address()), (
+        "run launch/notebooks.py"
+    )
 
 
 def test_every_script_has_a_name_here():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == sorted(NAMES)
+    assert sorted(load_sync().CONTENTS) == sorted(NAMES)
+
+
+def test_readme_lists_the_notebooks_where_they_lie():
+    sync, readme = load_sync(), (ROOT / "README.md").read_text()
+    assert sync.readme_of(readme, sync.address()) == readme, "run launch/notebooks.py"
+    for place in re.findall(r"\]\((notebooks/[^)]+)\)", readme):
+        assert (ROOT / place).exists()
+
+
+def test_badges_open_the_notebooks_of_the_repository_that_citation_names():
+    sync, home = load_sync(), "https://github.com/me/scl_jax"
+    page = "https://colab.research.google.com/github/me/scl_jax/blob/main/"
+    readme = sync.readme_of((ROOT / "README.md").read_text(), home)
+    links = re.findall(rf"\]\({re.escape(page)}([^)]+)\)", readme)
+    assert links == [f"notebooks/{name}.ipynb" for name in NAMES]
+    for name in NAMES:
+        notebook = nbformat.reads(sync.notebook_of(ROOT / "notebooks" / f"{name}.py", home), as_version=4)
+        assert f"({page}notebooks/{name}.ipynb)" in notebook.cells[0].source
+        assert f'os.environ.get("SCL_REPOSITORY", "{home}")' in notebook.cells[1].source
+    assert sync.badge("", "1_quickstart") == ""  # no public home, no badge
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scl_jax.objectives.contrastive import contrastive_loss, info_nce
+from scl_jax.objectives.contrastive import contrastive_loss, info_nce, number_of_parts
 from scl_jax.objectives.global_completion import global_text_loss, global_vision_loss
 from scl_jax.objectives.local_completion import local_text_loss, local_vision_loss
 from scl_jax.objectives.masked_language import masked_language_correct, masked_language_loss
@@ -54,6 +54,30 @@ def test_info_nce_is_the_sum_of_both_directions():
     loss = info_nce(f32(x), f32(y), 0.07, ones(6))
     assert float(loss.weight) == 6
     np.testing.assert_allclose(loss.mean(), np.mean(info_nce64(x, y, 0.07)), rtol=RTOL)
+
+
+@pytest.mark.parametrize("shape", [(12,), (2, 12)])
+@pytest.mark.parametrize("at_once", [1, 50, 80])
+def test_info_nce_in_parts_is_that_in_one_piece(shape, at_once):
+    """Loss and gradients in float64, with padding, also where a whole part is padding."""
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(unit64(random(*shape, 8, seed=seed))) for seed in (0, 1))
+        weight = jnp.ones(shape).at[..., jnp.array([1, 4, 7, 10, 11])].set(0)
+
+        def run(at_once: int):
+            def total(x, y, temperature):
+                return info_nce(x, y, temperature, weight, at_once).mean()
+
+            return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(x, y, jnp.asarray(0.07))
+
+        (loss, gradients), (expected, expected_gradients) = run(at_once), run(10**6)
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+        for ours, whole in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(ours, whole, atol=1e-12 * float(jnp.abs(whole).max()))
+
+
+def test_the_number_of_parts_divides_the_rows():
+    assert [number_of_parts(144, 12, n) for n in (144, 143, 50, 12, 1)] == [1, 2, 3, 12, 12]
 
 
 def test_info_nce_stays_inside_each_group():

@@ -16,6 +16,7 @@ from scl_jax.convert.checkpoints import read_parameters
 from scl_jax.convert.rules import ConversionError
 from scl_jax.data import builders
 from scl_jax.data.tokens import train_tokenizer
+from scl_jax.inference.weights import read_weights
 from scl_jax.session import Session
 from scl_jax.training import sharding
 
@@ -110,7 +111,9 @@ def test_visual_questions(data_dir, pretrained, tmp_path):
     assert 0 <= results["vqa/score"] <= 1 and 0 < results["vqa/majority"] < 1 and results["vqa/in_vocabulary"] == 1
     answers = json.loads((tmp_path / "predictions/vqa_images_test.json").read_text())
     assert [str(answer["question_id"]) for answer in answers] == questions
-    assert {answer["answer"] for answer in answers} <= set(json.loads((tmp_path / "classes.json").read_text()))
+    classes = json.loads((tmp_path / "classes.json").read_text())
+    assert {answer["answer"] for answer in answers} <= set(classes)
+    assert list(read_weights(str(tmp_path)).answers) == classes  # whoever loads the run hears words
 
 
 def test_statements_about_two_images(data_dir, pretrained, tmp_path):

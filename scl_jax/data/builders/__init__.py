@@ -14,18 +14,25 @@ options, nor TensorFlow.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
 import shutil
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 _NAME = re.compile(r"([a-z][a-z0-9_]*)/([A-Za-z0-9][A-Za-z0-9_.-]*)")
 _OPTIONS_FILE = "prepared_with.json"
+_OPENED_AT_ONCE = 16  # shards whose index is looked at
 
 
 def record_features(**extra: Any) -> tfds.features.FeaturesDict:
@@ -49,22 +56,40 @@ def bytes_feature() -> tfds.features.Tensor:
     return tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
+class ShardError(ValueError):
+    """A shard that cannot be read, or a record in it that does not belong to its data set; the message names both."""
+
+
+class Shard(NamedTuple):
+    """One file of a split and how many records it should hold."""
+
+    path: Path
+    records: int
+
+
 class Source:
     """Random access to the records of one split as plain Python; picklable, for use in worker processes.
 
-    `source[i]` is {"id": str, "media": bytes, "captions": list[str], …extra features of the data set}.
+    `source[i]` is {"id": str, "media": bytes, "captions": list[str], …extra features of the data set}; what cannot be
+    read there is a ShardError.
     """
 
     classes: tuple[str, ...]  # of labels or answers; none where the data set has neither
     features: tuple[str, ...]  # keys of a record
+    shards: tuple[Shard, ...]
 
     def __init__(self, builder: Any, split: str) -> None:
         features = builder.info.features
         metadata = builder.info.metadata or {}
+        info = builder.info.splits[split]
+        shards = zip(info.filepaths, info.shard_lengths, strict=True)
+        self.shards = tuple(Shard(Path(path), count) for path, count in shards)
+        self._ends = list(accumulate(shard.records for shard in self.shards))
         self.classes, self.features = tuple(metadata.get("classes", ())), tuple(features)
         self._text_counts = metadata.get("texts", {}).get(split)
         self._records = builder.as_data_source(split)
         self._texts = [key for key, feature in features.items() if _is_text(feature)]
+        self._bytes = [key for key, feature in features.items() if _is_bytes(feature)]
         self._text_lists = [
             key
             for key, feature in features.items()
@@ -75,32 +100,95 @@ class Source:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = dict(self._records[int(index)])
-        for key in self._texts:
-            record[key] = record[key].decode()
-        for key in self._text_lists:
-            record[key] = [text.decode() for text in record[key]]
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        try:
+            record = dict(self._records[index])
+            for key, value in record.items():  # TFDS reads what is not there as None, or as an empty array
+                if value is None or (key in self._bytes and not isinstance(value, bytes)):
+                    raise ValueError(f"it has no {key}")
+            for key in self._texts:
+                record[key] = record[key].decode()
+            for key in self._text_lists:
+                record[key] = [text.decode() for text in record[key]]
+        except Exception as error:  # TFDS and array_record raise whatever a broken file leads them to
+            raise self._unreadable(index, error) from error
         return record
 
-    def text_counts(self) -> list[int]:
-        """How many texts each record has: as noted when it was written, else read from all records once."""
-        if self._text_counts is None:
-            self._text_counts = [len(self[index]["captions"]) for index in range(len(self))]
-        return self._text_counts
+    def _unreadable(self, index: int, error: Exception) -> ShardError:
+        which = bisect_right(self._ends, index)
+        shard, first = self.shards[which], self._ends[which] - self.shards[which].records
+        if broken := why_broken(shard):
+            return ShardError(broken)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return ShardError(
+            f"{shard.path}, record {index - first}: not a record of this data set, with the features "
+            f"{', '.join(self.features)} ({reason}); {_REMEDY}"
+        )
+
+    def noted_texts(self, index: int) -> int | None:
+        """How many texts a record has, as noted when it was written; None where nothing is noted."""
+        return None if self._text_counts is None else self._text_counts[index]
+
+    def text_counts(self, records: Sequence[int] | None = None) -> list[int]:
+        """How many texts each record has, or each of `records`: as noted when it was written, else read once."""
+        noted = self._text_counts
+        if noted is None:
+            chosen = range(len(self)) if records is None else records
+            counts = [len(self[index]["captions"]) for index in chosen]
+            if records is None:
+                self._text_counts = counts
+            return counts
+        return noted if records is None else [noted[index] for index in records]
 
 
-def open_source(name: str, split: str, data_dir: str | Path) -> Source:
+_REMEDY = "copy this file again from where it came, or prepare the data set again"
+
+
+def why_broken(shard: Shard) -> str:
+    """What is wrong with a shard as a whole, in a sentence that names it; "" where its index is whole."""
+    try:
+        state = shard.path.stat()
+        found = _count_records(shard.path, state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        return f"shard {shard.path} cannot be opened ({error.strerror}); {_REMEDY}"
+    except (RuntimeError, ValueError) as error:  # Riegeli's, when a reader of a broken file is closed
+        return f"shard {shard.path} is truncated or no array_record file ({str(error)[:160]}); {_REMEDY}"
+    if found != shard.records:
+        return f"shard {shard.path} holds {found} records, but {shard.records} were written; {_REMEDY}"
+    return ""
+
+
+@functools.cache
+def _count_records(path: Path, size: int, modified: int) -> int:
+    """Of an array_record file; size and time of change, so that a repaired file is looked at again."""
+    del size, modified
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def open_source(name: str, split: str, data_dir: str | Path, *, whole: bool = True) -> Source:
     """Opens a prepared split, such as `open_source("toy_world/images", "train", "data")`.
 
-    Raises FileNotFoundError when shards are missing and ValueError when the data set has no such split.
+    whole: look at the index of every shard; without, a broken one is found when it is read.
+
+    Raises FileNotFoundError when shards are missing, ShardError when one is broken and ValueError when the data set has
+    no such split.
     """
     builder_name, config_name = _parse(name)
     folder = _newest_version(Path(data_dir).expanduser() / builder_name / config_name)
     command = f"python -m scl_jax.data.prepare --dataset={name} --out={data_dir}"
     if folder is None:
         raise FileNotFoundError(f"{name}: no prepared shards in {data_dir}; prepare them with `{command}`")
-    builder = tfds.builder_from_directory(str(folder))
-    splits = builder.info.splits
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        splits = builder.info.splits
+    except Exception as error:  # TFDS raises whatever broken files lead it to
+        raise ShardError(f"{name}: {folder} cannot be opened ({type(error).__name__}: {error}); {_REMEDY}") from error
     if split not in splits:
         raise ValueError(f"{name} in {folder} has no split {split!r}; it has {', '.join(map(repr, splits))}")
     lost = [str(path) for path in splits[split].filepaths if not Path(path).exists()]
@@ -108,7 +196,12 @@ def open_source(name: str, split: str, data_dir: str | Path) -> Source:
         raise FileNotFoundError(
             f"{name}: shards are missing ({', '.join(lost)}); delete {folder}, then run `{command}`"
         )
-    return Source(builder, split)
+    source = Source(builder, split)
+    if whole:
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            if broken := [reason for reason in pool.map(why_broken, source.shards) if reason]:
+                raise ShardError(f"{name}, split {split}: " + "\n  ".join(broken))
+    return source
 
 
 def prepare(name: str, data_dir: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
@@ -140,6 +233,10 @@ def prepare(name: str, data_dir: str | Path, *, overwrite: bool = False, **optio
 
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, tfds.features.Text)
+
+
+def _is_bytes(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
 
 
 def _parse(name: str) -> tuple[str, str]:

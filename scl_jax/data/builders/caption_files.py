@@ -227,9 +227,11 @@ def arrow_table(file: Path) -> Any:
     except ImportError as error:
         raise ValueError(f"reading {file} needs pyarrow: pip install pyarrow") from error
     try:
-        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"caption file {file} is no arrow file: {error}") from error
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)  # offsets that lead out of the file would crash whoever follows them
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"caption file {file} is no arrow file, or a damaged one: {error}") from error
+    return table
 
 
 def _require_columns(file: Path, columns: Any) -> None:

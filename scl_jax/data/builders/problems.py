@@ -29,6 +29,9 @@ class BrokenRecordsError(ValueError):
 
     def __init__(self, problems: Sequence[Problem], usable: int, emptied: Sequence[str] = ()) -> None:
         what_to_do = "repair them, or leave them out with --skip_broken" if usable else "none is left to prepare"
+        reasons = {problem.reason for problem in problems}
+        if not usable and len(reasons) == 1:
+            what_to_do += f", all for one reason: {reasons.pop()}"
         if emptied:
             what_to_do = f"nothing is left of split {', '.join(emptied)}: repair them, or prepare others with --splits"
         super().__init__(f"{len(problems):,} of {len(problems) + usable:,} records cannot be used; {what_to_do}")
@@ -63,10 +66,10 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> I
             yield waiting.popleft().result()
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, disable: bool = False) -> Progress:
     """A bar on the error stream, which also shows the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=disable)
 
 
 def write_list(problems: Sequence[Problem], file: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from scl_jax.data.builders import bytes_feature, record_features
+from scl_jax.data.vqa_answers import ANSWERS_PER_QUESTION
 
 STATEMENT_CLASSES = ("false", "true")
 ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")  # METER's order
@@ -59,6 +60,40 @@ def question_targets(
 def label_targets(text_ids: Sequence[str], labels: Sequence[int]) -> Record:
     """The features of `label_features`, without the second image."""
     return {"text_ids": list(text_ids), "labels": np.asarray(labels, np.int32)}
+
+
+def why_inconsistent(record: Mapping[str, Any], classes: int, noted: int | None = None) -> str:
+    """Why the texts of a record and what runs parallel to them cannot be used; "" where they can.
+
+    classes: of the data set. noted: how many texts its metadata promises, None where they promise nothing.
+    """
+    captions = record["captions"]
+    count = len(captions)
+    empty = [number for number, caption in enumerate(captions) if not caption.strip()]
+    if not captions or empty:
+        return f"caption {empty[0]} is empty" if empty else "caption 0 is empty: there is none"
+    if noted is not None and noted != count:
+        return f"{count} texts, but the metadata of its data set promise {noted}"
+    for key in ("text_ids", "labels", "answer_counts"):
+        if key in record and len(record[key]) != count:
+            return f"{len(record[key])} {key} for {count} texts"
+    if "labels" in record and not all(UNKNOWN <= label < classes for label in record["labels"]):
+        return f"a label that is none of the {classes} classes"
+    return _why_no_answers(record, classes) if "answer_counts" in record else ""
+
+
+def _why_no_answers(record: Mapping[str, Any], classes: int) -> str:
+    labels, counts = record["answer_labels"], record["answer_counts"]
+    answers = len(record["answers"])
+    if answers not in (0, ANSWERS_PER_QUESTION * len(counts)):
+        return f"{answers} raw answers for {len(counts)} questions, not {ANSWERS_PER_QUESTION} each"
+    if min(counts) < 0 or not sum(counts) == len(labels) == len(record["answer_scores"]):
+        return f"{len(labels)} answers with {len(record['answer_scores'])} scores for questions that have {sum(counts)}"
+    if not all(0 <= label < classes for label in labels):
+        return f"an answer that is none of the {classes} classes"
+    if not all(text_id.isdecimal() and int(text_id) < 2**31 for text_id in record["text_ids"]):
+        return "a question whose id is no number below 2**31"
+    return ""
 
 
 def with_keys(records: Iterable[Record], metadata: Any, split: str) -> Iterator[tuple[int, Record]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
 import raw_trees
 from batches import Letters
+from PIL import Image
 
 from scl_jax.config import default_config
 from scl_jax.data.builders import builder_module, open_source, prepare, raw, vqav2
@@ -79,6 +81,27 @@ def test_tree_and_arrow_files_give_the_same_examples(trees, tmp_path, name):
         for key in one:
             np.testing.assert_array_equal(one[key], other[key], err_msg=f"{split} {key}")
     assert class_names((name,), str(tmp_path / "tree")) == class_names((name,), str(tmp_path / "arrow"))
+
+
+@pytest.mark.parametrize("name", raw_trees.TREES)
+def test_every_miniature_has_the_tricky_cases(trees, tmp_path, name):
+    """Text that is not ASCII, several texts, portraits, clips of one frame: none is lost on the way to a batch."""
+    prepare(name, tmp_path, source=str(trees[name][0]))
+    splits = builder_module(name.partition("/")[0]).DATASET.published
+    found = [record for split in splits for record in records(name, split, tmp_path)]
+    texts = [text for record in found for text in record["captions"]]
+    assert any(not text.isascii() for text in texts)
+    one_text = ("sbu/captions", "conceptual_captions/captions", "webvid/captions", "lsmdc/captions")
+    assert (max(len(record["captions"]) for record in found) > 1) == (name not in one_text)
+    batch = batch_of(name, tmp_path, next(iter(splits)))
+    rows = batch["weight"] == 1
+    if name in VIDEOS:
+        moves = batch["pixels"][rows].std(axis=1).max(axis=(1, 2, 3)) > 1  # a clip of one frame stands still
+        assert moves.any() and not moves.all() and batch["pixels"].shape[1] == 4
+    else:
+        sizes = [Image.open(io.BytesIO(record["media"])).size for record in found]
+        assert any(width < height for width, height in sizes)
+        assert batch["pixels"].shape[1:] == (1, 32, 32, 3)
 
 
 def test_captions_of_an_image_stay_together_and_restval_trains(trees, tmp_path):
@@ -216,6 +239,25 @@ def test_missing_and_broken_images_are_listed_and_can_be_left_out(tree, tmp_path
         "COCO_val2014_000000000002.jpg"
     ]
     assert len((folder.parent / LEFT_OUT_FILE).read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", raw_trees.TREES)
+def test_a_missing_file_of_every_data_set_is_named_and_can_be_left_out(tree, tmp_path, name):
+    source = tree(name)
+    split = next(iter(builder_module(name.partition("/")[0]).DATASET.published))
+    prepare(name, tmp_path / "whole", source=str(source), splits=[split])
+    whole = records(name, split, tmp_path / "whole")
+    missing = [path for path in source.rglob("*") if path.is_file() and path.read_bytes() == whole[0]["media"]]
+    for path in missing:  # the splits of a miniature may have the same media
+        path.unlink()
+    (reason,) = reasons(name, source, tmp_path, splits=[split])
+    assert reason.startswith(f"{whole[0]['id']}: no file ") and any(path.name in reason for path in missing)
+    if len(whole) == 1:
+        with pytest.raises(BrokenRecordsError, match=f"1 of 1 records .* nothing is left of split {split}"):
+            prepare(name, tmp_path / "out", source=str(source), splits=[split], skip_broken=True)
+        return
+    prepare(name, tmp_path / "out", source=str(source), splits=[split], skip_broken=True)
+    assert [record["id"] for record in records(name, split, tmp_path / "out")] == [r["id"] for r in whole[1:]]
 
 
 def test_a_missing_split_is_named_before_anything_is_written(tree, tmp_path):

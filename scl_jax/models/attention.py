@@ -1,0 +1,128 @@
+"""Attention: projections to heads, the plain way that runs anywhere, and cuDNN's fused kernels on GPUs.
+
+Axes: B batch, Q queries, K keys, H heads, d width of a head, D = H·d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from scl_jax.models.dropout import dropout
+from scl_jax.models.layers import Precision
+from scl_jax.partition import tensor_parallel
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def attention_weights(
+    query: Float[Array, "B Q H d"], key: Float[Array, "B K H d"], key_mask: Bool[Array, "B K"] | None
+) -> Float[Array, "B H Q K"]:
+    """softmax(q·k / √d) over the keys that `key_mask` admits, in at least float32."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype) / query.shape[-1] ** 0.5
+    if key_mask is not None:
+        logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(dtype).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@jax.named_scope("attention")
+def attend(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K H d"],
+    value: Float[Array, "B K H d"],
+    key_mask: Bool[Array, "B K"] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    implementation: str = "xla",
+) -> Float[Array, "B Q H d"]:
+    """Multi-head scaled dot-product attention.
+
+    Args:
+        key_mask: which keys count; real keys first, then padding (only "cudnn" relies on the order).
+        implementation: "xla" or "cudnn" (GPU, bfloat16 or float16). cuDNN's kernels draw dropout from a seed that is
+            fixed at compilation, so with dropout the plain way is taken.
+    """
+    if implementation == "cudnn" and (dropout_key is None or dropout_rate == 0.0):
+        return fused_attention(query, key, value, key_mask, "cudnn")
+    weights = attention_weights(query, key, key_mask).astype(value.dtype)
+    weights = dropout(weights, dropout_rate, dropout_key)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def fused_attention(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K H d"],
+    value: Float[Array, "B K H d"],
+    key_mask: Bool[Array, "B K"] | None,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "B Q H d"]:
+    """`jax.nn.dot_product_attention` on lengths padded to even numbers, which cuDNN's kernels ask for in training.
+
+    Masks go as lengths, not as a bias of size Q · K. A row without any real key, which is padding of the batch, reads
+    its first key instead of nothing, so that no NaN arises.
+    """
+    b, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    lengths = (
+        jnp.full(b, keys, jnp.int32) if key_mask is None else jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
+    )
+    query, key, value = (even_length(x) for x in (query, key, value))
+    y = jax.nn.dot_product_attention(  # pyright: ignore[reportCallIssue]  (its overloads lack the lengths)
+        query,
+        key,
+        value,
+        query_seq_lengths=jnp.full(b, queries, jnp.int32),
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return y[:, :queries]
+
+
+def even_length(x: Float[Array, "B N H d"]) -> Float[Array, "B M H d"]:
+    """`x` with a row of zeros behind it if N is odd."""
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+
+class Projection(nnx.LinearGeneral):
+    """Linear maps from width D to `parts` × H heads × d, as one matrix product (fused q/k/v)."""
+
+    def __init__(self, width: int, parts: int, heads: int, init: Callable, precision: Precision, rngs: nnx.Rngs):
+        super().__init__(
+            width,
+            (parts, heads, width // heads),
+            kernel_init=init,
+            dtype=precision.dtype,
+            param_dtype=precision.param_dtype,
+            rngs=rngs,
+        )
+        self.parts, self.heads = parts, heads
+
+    def weights(self) -> tuple[Array, Array]:
+        """Kernel and bias."""
+        bias: Any = self.bias  # there is one
+        return self.kernel[...], bias[...]
+
+    @jax.named_scope("qkv")
+    def __call__(
+        self, x: Float[Array, "... D"], first: int = 0, last: int | None = None
+    ) -> tuple[Float[Array, "... H d"], ...]:
+        """The parts `first` to `last` (without it), all by default."""
+        kernel, bias = (p[..., first:last, :, :].astype(self.dtype) for p in self.weights())
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # see `Linear`
+        if tensor_parallel():  # heads lie on different devices, so their axis stays
+            y = jnp.einsum("ri,iphd->rphd", rows, kernel)
+        else:
+            y = rows @ kernel.reshape(kernel.shape[0], -1)
+        y = y.reshape(*x.shape[:-1], *bias.shape) + bias
+        return tuple(y[..., part, :, :] for part in range(bias.shape[0]))
+
+
+def merge_heads(x: Float[Array, "... H d"]) -> Float[Array, "... D"]:
+    """(…, H, d) → (…, H·d)."""
+    return x.reshape(*x.shape[:-2], -1)

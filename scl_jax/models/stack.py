@@ -1,0 +1,92 @@
+"""A scanned stack of layers, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key
+
+from scl_jax.partition import split_batch
+
+REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stack(nnx.Module):
+    """`depth` layers of one kind: parameters carry a leading layer axis, the forward pass is one scan.
+
+    `remat`: "none" keeps every activation for the backward pass, "dots" only the results of matrix products with
+    weights, "full" only the input of each layer. `unroll`: layers a turn of the loop.
+    """
+
+    def __init__(
+        self, make_layer: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: str, rngs: nnx.Rngs, unroll: int = 1
+    ):
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=depth)
+        def make(rngs: nnx.Rngs):
+            return make_layer(rngs)
+
+        self.each: Any = make(rngs)
+        self.depth = depth
+        self.remat, self.unroll = remat, unroll
+
+    def __call__(
+        self,
+        x: Any,
+        apply: Callable,
+        key: Key[Array, ""] | None = None,
+        return_layers: bool = False,
+        last: Callable | None = None,
+    ) -> Any:
+        """Runs `x = apply(layer, x, key)` for each layer; also returns every layer's output if asked to.
+
+        Args:
+            x: a pytree of arrays, the same structure before and after a layer.
+            apply: called with the layer, the state and that layer's dropout key (None without `key`).
+            return_layers: also give the outputs of all layers, stacked on a leading axis; not together with `last`.
+            last: called instead of `apply` for the last layer, whose output may have other shapes.
+        """
+        graph, parameters = nnx.split(self.each)
+        keys = None if key is None else jax.random.split(key, self.depth)
+
+        def run(apply: Callable, x, xs):
+            layer_parameters, layer_key = xs
+            return split_batch(apply(nnx.merge(graph, layer_parameters), x, layer_key))
+
+        def with_remat(function: Callable) -> Callable:
+            if self.remat == "none":
+                return function
+            return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def body(carry, xs):
+            y = run(apply, carry, xs)
+            return y, (y if return_layers else None)
+
+        x = split_batch(x)
+        if last is None:
+            x, layers = jax.lax.scan(with_remat(body), x, (parameters, keys), unroll=self.unroll)
+            return (x, layers) if return_layers else x
+        first, final = split_last((parameters, keys), self.depth)
+        x, _ = jax.lax.scan(with_remat(body), x, first, unroll=self.unroll)
+        return with_remat(partial(run, last))(x, final)
+
+
+def split_last(tree: Any, depth: int) -> tuple[Any, Any]:
+    """Leaves (depth, …) → (depth - 1, …) and (…); their gradients are put together by one concatenation."""
+
+    def split(x: Array) -> tuple[Array, Array]:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x[:-1], x[-1]
+        front, back = jax.lax.split(x, (depth - 1, 1))
+        return front, back[0]
+
+    pairs = jax.tree.map(split, tree)
+    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], tree, pairs) for i in range(2))

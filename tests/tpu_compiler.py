@@ -1,0 +1,67 @@
+"""What the TPU compiler says about slices that are not there: `python tests/tpu_compiler.py FILE OBJECTIVE…`, as JSON.
+
+A process of its own, so that libtpu is loaded in no other test's.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import toy_run
+from jax.experimental import topologies
+
+from scl_jax.compile_tpu import compile_step, describe, tpu_devices
+from scl_jax.config import finalize
+from scl_jax.objectives.views import OBJECTIVES
+from scl_jax.training import sharding
+
+SLICES = ("v5e:16x16", "v4:4x4x4", "v5p:8x8x16", "v6e:8x8")
+
+
+def rows_of_hosts() -> dict[int, list[int]]:
+    """The rows of a batch of 64 that the hosts of a v5e:4x4 hold, by host."""
+    mesh = sharding.make_mesh(-1, 4, 1, devices=tpu_devices("v5e:4x4"))
+    rows: dict[int, list[int]] = {}
+    for device, (part,) in sharding.batch_sharding(mesh).devices_indices_map((64,)).items():
+        rows.setdefault(device.process_index, []).extend(range(*part.indices(64)))
+    return rows
+
+
+def slices_of_data() -> dict:
+    """Of two slices of v5e:4x4: which slices each row of the mesh touches, and what a mesh that must not be says."""
+    devices = list(topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices)
+    mesh = sharding.make_mesh(-1, 8, 1, devices=devices)
+    rows = [sorted({device.slice_index for device in row.flat}) for row in mesh.devices]
+    try:
+        sharding.make_mesh(1, 32, 1, devices=devices)
+    except ValueError as error:
+        return {"data": mesh.shape["data"], "slices": rows, "error": str(error)}
+    raise AssertionError("a mesh whose fsdp axis crosses slices was made")
+
+
+def small_step(objectives: tuple[str, ...]) -> dict:
+    """The findings on a step with these objectives for eight chips."""
+    config = toy_run.config(Path("nowhere"), **{"mesh.fsdp": 4, "data.videos.share": 0.0})
+    config.data.images.batch_size = 64
+    for name in set(OBJECTIVES) - set(objectives):
+        config.objectives[name].weight = 0.0
+    config = finalize(config, 512)
+    found = compile_step(config, "images", tpu_devices("v5e:2x4"), "v5e:2x4")
+    return dataclasses.asdict(found) | {"described": describe(found)}
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    facts = {
+        "chips": {name: len(tpu_devices(name)) for name in SLICES},
+        "rows": rows_of_hosts(),
+        "two_slices": slices_of_data(),
+        "step": small_step(tuple(sys.argv[2:])),
+    }
+    Path(sys.argv[1]).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

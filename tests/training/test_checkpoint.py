@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -167,3 +168,24 @@ def test_a_lack_of_space_is_found_behind_other_errors(error, said):
             raise RuntimeError("could not save") from cause
     except RuntimeError as last:
         assert no_space(last) == no_space(error) == said
+
+
+def test_a_save_that_finds_no_room_is_an_error_and_harms_no_earlier_checkpoint(tmp_path):
+    """A limit on the size of files stands for a full disk, which tests/faults/cases.py makes."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state_of(1), {})
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="a file is too large; the newest whole checkpoint is step 1. The"):
+            checkpoints.save(2, state_of(2), {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Checkpoints(tmp_path)
+    state, _ = again.restore(abstract_state(state_of(0)))
+    np.testing.assert_array_equal(state.params["x"], state_of(1).params["x"])
+    again.save(2, state_of(2), {})
+    again.wait()
+    assert again.latest() == 2 and [path.name for path in sorted(tmp_path.iterdir())] == ["1", "2"]

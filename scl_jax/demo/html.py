@@ -24,7 +24,8 @@ def header(names: Sequence[str], heads: Sequence[str]) -> str:
 def notice(message: str, kind: str = "error") -> str:
     """A box with a message; `kind` is error or note."""
     title = {"error": "That did not work", "note": "Note"}[kind]
-    text = message[:1].upper() + message[1:].rstrip(".") + "."
+    is_word = message.partition(" ")[0].isalpha()  # the name of a file stays as it is
+    text = (message[:1].upper() + message[1:] if is_word else message).rstrip(".") + "."
     return f'<div class="notice {kind}" role="alert"><b>{title}</b><span>{escape(text)}</span></div>'
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,8 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What are you looking for?", "a red star")
     count = gr.Slider(1, MOST_ANSWERS, 6, step=1, label="How many")
     button = gr.Button("Search", variant="primary", elem_id="search-button")
-    said = _html("search-said", _missing(service, "contrastive") or _no_folder(service))
-    heading = _html("found-heading")
+    said = gr.HTML(_missing(service, "contrastive") or _no_folder(service), elem_id="search-said")
+    heading = gr.HTML(elem_id="found-heading")
     found = gr.Gallery(
         label="Found pictures",
         show_label=False,
@@ -178,8 +179,8 @@ def _search_tab(service: Service, picture: gr.Image) -> None:
 def _look_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("What could the picture show?", "a red star")
     button = gr.Button("Look", variant="primary", elem_id="look-button")
-    said = _html("look-said")
-    seen = _html("seen")
+    said = gr.HTML(elem_id="look-said")
+    seen = gr.HTML(elem_id="seen")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         sight = service.look(file, text)
@@ -191,8 +192,8 @@ def _look_tab(service: Service, picture: gr.Image) -> None:
 def _ask_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("Your question", "what colour is the star?")
     button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-    said = _html("ask-said", _missing(service, "vqa"))
-    answers = _html("answers")
+    said = gr.HTML(_missing(service, "vqa"), elem_id="ask-said")
+    answers = gr.HTML(elem_id="answers")
 
     def answer(file: str | None, question: str) -> tuple[str]:
         return (html.bars(service.answer(file, question)),)
@@ -203,8 +204,8 @@ def _ask_tab(service: Service, picture: gr.Image) -> None:
 def _fill_tab(service: Service, picture: gr.Image) -> None:
     text = _textbox("A text with <mask> for each hidden word", "a <mask> star")
     button = gr.Button("Fill in", variant="primary", elem_id="fill-button")
-    said = _html("fill-said", _missing(service, "masked_language"))
-    words = _html("words")
+    said = gr.HTML(_missing(service, "masked_language"), elem_id="fill-said")
+    words = gr.HTML(elem_id="words")
 
     def answer(file: str | None, text: str) -> tuple[str]:
         filled = service.fill(file, text)
@@ -216,11 +217,6 @@ def _fill_tab(service: Service, picture: gr.Image) -> None:
 
 def _textbox(label: str, placeholder: str) -> gr.Textbox:
     return gr.Textbox(label=label, placeholder=placeholder, max_length=MOST_CHARACTERS, lines=1, max_lines=4)
-
-
-def _html(name: str, value: str = "") -> gr.HTML:
-    """A place for HTML that takes no room while it is empty."""
-    return gr.HTML(value, visible=bool(value), elem_id=name)
 
 
 def _missing(service: Service, head: str) -> str:
@@ -258,14 +254,9 @@ def _on(
     empty: tuple[Any, ...],
 ) -> None:
     """One model call at a time, whichever tab it comes from."""
-
-    def respond(*given: Any) -> tuple[Any, ...]:
-        results = kindly(answer, empty, *given)
-        return tuple(gr.update(value=x, visible=bool(x)) if isinstance(x, str) else x for x in results)
-
     gr.on(
         [button.click, text.submit],
-        respond,
+        partial(kindly, answer, empty),
         inputs,
         [said, *outputs],
         show_progress="minimal",

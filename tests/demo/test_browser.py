@@ -89,11 +89,11 @@ class Visitor:
 
     def sees(self, selector, text=None):
         found = self.page.locator(selector).first
-        found.wait_for(state="visible", timeout=120_000)
+        found.wait_for(state="visible", timeout=60_000)
         if text is not None:
             self.page.wait_for_function(
                 "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)",
-                arg=[selector, text], timeout=120_000,
+                arg=[selector, text], timeout=60_000,
             )  # fmt: skip
         return found
 

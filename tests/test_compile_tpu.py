@@ -63,14 +63,14 @@ def compiler(tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("compiler") / "facts.json"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, [str(toy_run.ROOT), *sys.path]))}
-    command = [sys.executable, "tests/tpu_compiler.py", str(file)]
+    command = [sys.executable, "tests/tpu_compiler.py", str(file), "contrastive", "local_vision"]
     done = subprocess.run(command, cwd=toy_run.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text())
 
 
 def test_a_small_step_compiles_for_eight_chips_and_no_chip_holds_or_does_it_all(compiler):
-    """All seven objectives, data=2 and fsdp=4."""
+    """An objective over the whole batch and one inside groups, on data=2 and fsdp=4."""
     step = compiler["step"]
     told = step["described"]
     assert step["fits"] and step["chips"] == 8 and step["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}

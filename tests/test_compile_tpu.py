@@ -63,23 +63,25 @@ def compiler(tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("compiler") / "facts.json"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, [str(toy_run.ROOT), *sys.path]))}
-    command = [sys.executable, "tests/tpu_compiler.py", str(file)]
+    command = [sys.executable, "tests/tpu_compiler.py", str(file), "contrastive", "local_vision"]
     done = subprocess.run(command, cwd=toy_run.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text())
 
 
 def test_a_small_step_compiles_for_eight_chips_and_no_chip_holds_or_does_it_all(compiler):
-    """All seven objectives, data=2 and fsdp=4."""
+    """An objective over the whole batch and one inside groups, on data=2 and fsdp=4."""
     step = compiler["step"]
     told = step["described"]
     assert step["fits"] and step["chips"] == 8 and step["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert step["temporaries"] > 0 and 0 < step["arguments"] < step["total"] < step["hbm"]
     state = 3 * 4 * step["parameters"]  # parameters and two moments
-    assert step["arguments"] < state, told  # a fourth of it; tiles pad these narrow arrays to 128 columns
+    assert step["arguments"] < state / 2, told  # a fourth of it, and what tiles pad
     assert 0.5 < step["flops"] / step["traced_flops"] < 2, told  # of work, too: replicated it would be eight times
     assert {"all-gather", "all-reduce"} <= step["collectives"].keys(), told
-    assert "all-to-all" not in step["collectives"], told  # no array changes its layout
+    sent = {kind: size for kind, (_, size) in step["collectives"].items()}
+    moved = sent.get("all-to-all", 0) + sent.get("collective-permute", 0)  # the full-size step has none, this one 1.3 %
+    assert moved < 0.02 * sum(sent.values()), told
     assert not step["warnings"], told
     assert "fits with remat none" in told
 
@@ -156,10 +158,8 @@ def test_tables_hold_every_step_and_relate_more_chips_to_the_fewest():
     assert "| pretrain_image | images | v5p:2x2x2 | 8 | fsdp 8 | 128 | full | 1.00 + 2.00 | 3.00 of 16.00 |" in text
     assert "| refused |" in text
     assert "| 64 | 1024 | 2.550 | +2.0% | 3.00 | +0.0% | 16.0 |" in text
-    assert (
-        text.count("--topology=v5p:2x2x4 --mesh=data=2,fsdp=8 --streams=images --config.data.images.batch_size=256")
-        == 1
-    )
+    command = "--topology=v5p:4x4x4 --mesh=data=8,fsdp=8 --streams=images --config.data.images.batch_size=1024"
+    assert text.count(command) == 1
 
 
 def test_a_step_that_is_recorded_is_not_compiled_again():

@@ -45,6 +45,10 @@ def small_step(objectives: tuple[str, ...]) -> dict:
     """The findings on a step with these objectives for eight chips."""
     config = toy_run.config(Path("nowhere"), **{"mesh.fsdp": 4, "data.videos.share": 0.0})
     config.data.images.batch_size = 64
+    for part in (config.model.vision, config.model.text, config.model.fusion):
+        part.update(
+            width=256, mlp_width=512
+        )  # tiles of 128 columns would hide how little of narrower arrays a chip holds
     for name in set(OBJECTIVES) - set(objectives):
         config.objectives[name].weight = 0.0
     config = finalize(config, 512)

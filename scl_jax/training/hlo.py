@@ -135,15 +135,18 @@ class Program:
         """Kind → (how many run, bytes that one device sends), where rings do the work, in one call.
 
         A collective that the compiler spreads over several fusions, to overlap it with other work, keeps its channel
-        and counts once.
+        and counts once. A TPU's reduce-scatter is a computation of that name: a sum of which every chip keeps its part.
         """
         seen: dict[str, tuple[str, int, int]] = {}
-        for _, instruction, times in self._executed():
+        instructions = ((name, x, times) for name, times in self.runs.items() for x in self.computations[name].values())
+        for computation, instruction, times in instructions:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
             sent = _bytes_sent(kind, instruction)
+            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+                kind, sent = "reduce-scatter", sent // 2
             if channel not in seen or seen[channel][1] * seen[channel][2] < times * sent:
                 seen[channel] = (kind, times, sent)
         totals: dict[str, tuple[int, int]] = {}
@@ -209,16 +212,24 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Devices in one group: `replica_groups=[8,4]<=[32]`, `{{0,1},{2,3}}` or `mesh['a'=8,'b'=4] {'b'}`."""
+    """Devices in one group: `replica_groups=[8,4]<=[32]`, `{{0,1},{2,3}}` or `mesh['a'=8,'b'=4] {'b'}`.
+
+    The last may name the order of devices in between: `mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'b'}`.
+
+    Raises:
+        ValueError: groups that are written in another way; counted as single devices they would send nothing.
+    """
     compact = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
     if compact:
         return int(compact)
-    mesh = re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", instruction.attributes)
+    mesh = re.search(r"replica_groups=@?\w*\[([^\]]*)\](?:,\s*device_ids=\S+)?\s*\{([^}]*)\}", instruction.attributes)
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'b', or a part of it: 'b':(2)4
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
+    if listed is None and re.search(r"replica_groups=(?!\{\})", instruction.attributes):
+        raise ValueError(f"{instruction.name}: cannot read its groups of devices: {instruction.attributes[:200]}")
     return len(listed.split(",")) if listed else 1
 
 

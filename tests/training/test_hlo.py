@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from scl_jax.training.flops import count_flops
@@ -50,6 +51,21 @@ def test_collectives_count_as_often_as_they_run():
     assert found["all-gather"] == (2, 2 * 8 * 8 * 2 * 3 // 4)
     assert found["all-to-all"] == (1, 16 * 4 // 2)
     assert list(found)[0] == "all-reduce"  # the most bytes first
+
+
+def test_a_sum_of_which_every_chip_keeps_a_part_is_a_reduce_scatter():
+    fused = LOOP.replace("%twice", "%all-reduce-scatter.1").replace("all-gather(%p)", "all-reduce(%p)")
+    assert Program(fused).collectives()["reduce-scatter"] == (2, 2 * 8 * 8 * 2 * 3 // 4)
+
+
+def test_groups_are_counted_in_every_spelling():
+    """A mesh may name the order of its devices; what cannot be read is an error, not a collective without bytes."""
+    spelled = LOOP.replace(
+        "replica_groups={{0,1,2,3},{4,5,6,7}}", "replica_groups=mesh['x'=4,'y'=1,'z'=2], device_ids=([2,4]T(1,0)) {'x'}"
+    )
+    assert Program(spelled).collectives() == Program(LOOP).collectives()
+    with pytest.raises(ValueError, match="gathered: cannot read its groups of devices"):
+        Program(LOOP.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", "replica_groups=<0,1>")).collectives()
 
 
 def test_the_largest_results_are_in_the_main_memory():

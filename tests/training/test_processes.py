@@ -126,6 +126,8 @@ def test_processes_train_as_one_and_restart_as_any_number(data_dir, tmp_path, co
     killed.kill()
     saved = Checkpoints(killed.workdir / "checkpoints").latest()
     assert saved is not None and saved >= 4
+    before = {batch: rows for batch, rows in killed.examples().items() if batch <= saved}
+    assert before == {batch: rows for batch, rows in alone.examples().items() if batch <= saved}
     for processes in (1, 2, 4):
         workdir = tmp_path / f"continued_by_{processes}"
         shutil.copytree(killed.workdir, workdir)

@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from scl_jax import build
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
+from scl_jax.config_flag import CONFIG as _CONFIG
 from scl_jax.models import parameters
 from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
@@ -48,7 +49,6 @@ GIB = 2**30
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 THRIFTIER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}  # remat policies that need less memory
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/pretrain_joint.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
 _MESH = flags.DEFINE_string("mesh", "", "Mesh sizes instead of the config's, such as data=32,fsdp=8.")
 _STREAMS = flags.DEFINE_list("streams", [], "Only these streams; default: all that are on.")

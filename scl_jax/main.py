@@ -11,11 +11,10 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from scl_jax.config_flag import CONFIG as _CONFIG
 from scl_jax.tpu_compiler import roomy_stacks
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, such as configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then evaluate), or evaluate a checkpoint.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of the first process, where nothing else names it.")

@@ -147,9 +147,9 @@ def _jpeg_scale(size: tuple[int, int], at_least: Iterable[float] | None) -> int:
 def _decode_jpeg(data: bytes, scale: int, colours: str) -> UInt8[np.ndarray, "H W _"]:
     """libjpeg-turbo at 1/scale: the same bytes as Pillow's, which keeps silent where data are damaged or missing."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    shape = {"min_width": -(-int(width) // scale), "min_height": -(-int(height) // scale), "min_factor": scale}
+    least = {"min_width": -(-int(width) // scale), "min_height": -(-int(height) // scale)}
     try:
-        return simplejpeg.decode_jpeg(data, colours, **shape)
+        return simplejpeg.decode_jpeg(data, colours, **least, min_factor=scale, strict=True)
     except ValueError as error:
         stray = _STRAY.search(str(error))
         if stray is None or int(stray[1]) > _MOST_STRAY_BYTES:

@@ -17,6 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
+import gradio.themes
 from starlette.middleware import Middleware
 
 from scl_jax.demo import html
@@ -101,9 +102,9 @@ def launch(blocks: gr.Blocks, host: str, port: int, largest_upload: float, *, bl
     return address
 
 
-def _theme() -> gr.themes.Base:
+def _theme() -> gradio.themes.Base:
     """Fonts of the system: none is fetched."""
-    return gr.themes.Base(
+    return gradio.themes.Base(
         primary_hue="indigo",
         neutral_hue="slate",
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from scl_jax import build
 from scl_jax.config import active_streams, finalize

@@ -154,7 +154,7 @@ def _decode_jpeg(data: bytes, scale: int, colours: str) -> UInt8[np.ndarray, "H 
         stray = _STRAY.search(str(error))
         if stray is None or int(stray[1]) > _MOST_STRAY_BYTES:
             raise
-        return simplejpeg.decode_jpeg(data, colours, **shape, strict=False)
+        return simplejpeg.decode_jpeg(data, colours, **least, min_factor=scale, strict=False)
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

@@ -19,7 +19,7 @@ import toy_run
 from test_session import Devices
 
 from scl_jax import main
-from scl_jax.config import ConfigError
+from scl_jax.config import ConfigError, default_config
 from scl_jax.replay import replay, run_config
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -213,7 +213,8 @@ def test_a_full_disk_is_said_whatever_is_written(monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
     monkeypatch.setattr("scl_jax.session.Session", Full)
-    monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": None}))
+    monkeypatch.setattr("scl_jax.compilation_cache.keep_compiled", lambda _: None)
+    monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": default_config()}))
     monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "x"}))
     monkeypatch.setattr(main, "_MODE", type("Flag", (), {"value": "train"}))
     with pytest.raises(SystemExit, match="the disk is full: make room; the same command continues from the newest"):

@@ -167,9 +167,9 @@ DATA, FSDP, TENSOR = {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2,
 @pytest.mark.parametrize(
     ("mesh", "stream"),
     [
-        pytest.param(FSDP, "images", id="fsdp-images"),
         pytest.param(TENSOR, "images", id="tensor-images"),
         pytest.param(DATA, "images", id="data-images", marks=pytest.mark.slow),
+        pytest.param(FSDP, "images", id="fsdp-images", marks=pytest.mark.slow),
         pytest.param(DATA, "videos", id="data-videos", marks=pytest.mark.slow),
         pytest.param(FSDP, "videos", id="fsdp-videos", marks=pytest.mark.slow),
         pytest.param(TENSOR, "videos", id="tensor-videos", marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ from configs.common import begin_later, toy_world
 def get_config():
     config = toy_world()
     begin_later(config, fusion=400, completion=750, ramp=100)
-    config.objectives.matching.hard_negatives = 0.5  # random scenes alone are too easy to tell apart
+    config.objectives.matching.hard_negatives = 0.9  # random scenes alone are too easy to tell apart
     config.objectives.group_size = 64  # among which the hard ones are found
     config.optimizer.decay = "cosine"
     config.train.update(steps=1100, checkpoint_every=275)

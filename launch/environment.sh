@@ -26,12 +26,18 @@ make_environment() {
   fi
 }
 
-pip_install() { # uv does in seconds what pip does in a minute
-  if command -v uv >/dev/null; then
-    uv pip install --quiet --python .venv/bin/python "$@"
-  else
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+find_uv() { # prints a path of uv, which does in seconds what pip does in minutes; brings it where pip can
+  command -v uv && return 0
+  [[ -x .venv/bin/uv ]] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null
+  [[ -x .venv/bin/uv ]] && echo .venv/bin/uv
+}
+
+pip_install() { # by uv where it is to be had and finds everything, else by pip
+  local uv
+  if uv=$(find_uv) && "$uv" pip install --quiet --python .venv/bin/python "$@" 2>/dev/null; then
+    return 0
   fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
 }
 
 ensure_environment() {

@@ -116,6 +116,7 @@ def test_visual_questions(data_dir, pretrained, tmp_path):
     assert list(read_weights(str(tmp_path)).answers) == classes  # whoever loads the run hears words
 
 
+@pytest.mark.slow
 def test_statements_about_two_images(data_dir, pretrained, tmp_path):
     results = run(data_dir, tmp_path, pretrained, "nlvr2")
     with (tmp_path / "predictions/nlvr2_images_test.csv").open() as stream:

@@ -7,6 +7,8 @@ A config file (`configs/*.py`) starts from `default_config()` and changes what d
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -225,6 +227,24 @@ def _log() -> ConfigDict:
 
 class ConfigError(ValueError):
     """A config that cannot work; the message lists every problem."""
+
+
+def config_of_run(workdir: Path) -> ConfigDict:
+    """The config that a work directory was begun with; options younger than the run have their default.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ConfigError: its config.json is no JSON.
+    """
+    file = workdir / "config.json"
+    config = default_config().unlock()
+    try:
+        config.update(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error})") from error
+    return config.lock()
 
 
 def active_streams(config: ConfigDict) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict
 
-from scl_jax.config import default_config
+from scl_jax.config import config_of_run
 from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
@@ -97,20 +95,6 @@ def of_record(record: dict[str, Any] | None, fed: Fed) -> list[str]:
     return ["the batch is the one of the run's record"]
 
 
-def run_config(workdir: Path) -> ConfigDict:
-    """The config that a work directory was begun with.
-
-    Raises:
-        FileNotFoundError: it holds none.
-    """
-    file = workdir / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: give the work directory of a run")
-    config = default_config().unlock()
-    config.update(json.loads(file.read_text()))
-    return config.lock()
-
-
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="scl_jax.replay", description=(__doc__ or "").split("\n")[0])
@@ -120,7 +104,7 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.WARNING)
     try:
-        findings, lines = replay(Session(run_config(options.workdir), options.workdir, "replay"), options.step)
+        findings, lines = replay(Session(config_of_run(options.workdir), options.workdir, "replay"), options.step)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(lines))

@@ -19,8 +19,8 @@ import toy_run
 from test_session import Devices
 
 from scl_jax import main
-from scl_jax.config import ConfigError, default_config
-from scl_jax.replay import replay, run_config
+from scl_jax.config import ConfigError, config_of_run, default_config
+from scl_jax.replay import replay
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import CheckpointError, Checkpoints
 from scl_jax.training.nonfinite import SKIPPED, NonFiniteError, records
@@ -87,7 +87,7 @@ def test_a_step_is_replayed_with_its_batch_and_masks(data_dir, tmp_path, capsys)
     run = session(data_dir, tmp_path, **SAVED)
     poison(run, [3, 6])
     assert run.train()
-    again = Session(run_config(tmp_path), tmp_path, "replay")
+    again = Session(config_of_run(tmp_path), tmp_path, "replay")
     poison(again, [3, 6])
     findings, lines = replay(again, 3)
     assert {f.objective: f.finite for f in findings} == {"contrastive": True, "matching": False}

@@ -22,7 +22,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import active_streams, default_config
+from scl_jax.config import active_streams, config_of_run
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.rules import ConversionError
@@ -72,7 +72,7 @@ def read_weights(
     path = locate(source)
     if path.is_dir() and is_run(path):
         flat, _ = read_parameters(path, step)
-        config = _run_config(path)
+        config = config_of_run(path)
         named = tokenizer or config.data.tokenizer or f"{config.data.dir}/tokenizer"
     else:
         if path.is_dir() and (path / "config.json").exists() and not _has_torch_weights(path):
@@ -136,18 +136,6 @@ def _has(head: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _has_torch_weights(path: Path) -> bool:
     return any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-
-
-def _run_config(path: Path) -> ConfigDict:
-    file = path / "config.json"
-    config = default_config().unlock()
-    try:
-        config.update(json.loads(file.read_text()))  # options younger than the run keep their default
-        return config
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error
 
 
 def _adopt(config: ConfigDict, path: Path) -> None:

@@ -244,7 +244,7 @@ NAMES = sorted(weights_of("tiny_image"))
 SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     removed=st.sets(st.sampled_from(NAMES), max_size=3),
     changed=st.dictionaries(st.sampled_from(NAMES), SHAPES, max_size=3),

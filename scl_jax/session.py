@@ -24,7 +24,7 @@ from scl_jax.convert.initial import initial_parameters
 from scl_jax.data.pipeline import train_dataset
 from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.data.task_pipeline import class_names, task_dataset
-from scl_jax.data.tokens import Tokenizer, load_tokenizer
+from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
 from scl_jax.preflight import missing, tried
@@ -190,6 +190,8 @@ class Session:
         with self.open_log(begun or 0) as log:
             log.save_config(config)
             self._say_left_out(log)
+            if self.is_main:
+                self.tokenizer.save(self.workdir / RUN_TOKENIZER)
             if self.classes and self.is_main:
                 write_json(self.workdir / "classes.json", list(self.classes))
             count = parameters.count(state.params)

@@ -16,6 +16,7 @@ import pytest
 import toy_run
 
 from scl_jax.config import ConfigError
+from scl_jax.data.tokens import load_run_tokenizer
 from scl_jax.models import parameters
 from scl_jax.session import Session
 from scl_jax.training import sharding
@@ -132,6 +133,9 @@ def test_a_run_leaves_what_others_rely_on(data_dir, tmp_path, monkeypatch):
     for name in ("config.json", "loss_curves.png", "retrieval_images.png", "retrieval_videos.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert session.checkpoints.latest() == 6
+    own = load_run_tokenizer(tmp_path, "a path that no longer holds")
+    encoded = (tokenizer.encode("a red star", 12)["token_ids"] for tokenizer in (own, session.tokenizer))
+    np.testing.assert_array_equal(*encoded)
 
 
 def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from scl_jax.convert.rules import ConversionError, flax_to_torch
 from scl_jax.convert.summary import Summary
 from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.convert.torch_files import write_safetensors
-from scl_jax.data.tokens import load_tokenizer
+from scl_jax.data.tokens import load_run_tokenizer, load_tokenizer
 
 CARD = """---
 license: other
@@ -92,7 +92,7 @@ def to_torch(
         settings = {"model_type": "scl", **sizes.to_dict(), "inputs": _inputs(data)}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         try:
-            load_tokenizer(name).save(folder)
+            (load_tokenizer(name) if tokenizer else load_run_tokenizer(run, name)).save(folder)
         except FileNotFoundError as error:
             if tokenizer:
                 raise

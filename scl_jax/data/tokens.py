@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's; a trained vocabulary opens with them
 BYTE_ALPHABET = 256
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+RUN_TOKENIZER = "tokenizer"  # folder in a work directory
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~“”‘’„«»…–—¿¡"
 
 
@@ -123,6 +124,15 @@ def load_tokenizer(folder_or_name: str | Path) -> Tokenizer:
             f"missing: {', '.join(missing) or 'byte-level tokens'})"
         )
     return Tokenizer(backend, str(folder_or_name))
+
+
+def load_run_tokenizer(run: Path, named: str) -> Tokenizer:
+    """The tokenizer of a run: its own copy, which moves with it, else the one that its config names.
+
+    Raises FileNotFoundError and ValueError as `load_tokenizer` does.
+    """
+    own = run / RUN_TOKENIZER
+    return load_tokenizer(own if own.is_dir() else named)
 
 
 def train_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int = 8192) -> Tokenizer:

@@ -28,7 +28,7 @@ from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.sources import locate
 from scl_jax.convert.to_flax import config_of, read_torch
-from scl_jax.data.tokens import Tokenizer, load_tokenizer
+from scl_jax.data.tokens import Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.models import parameters
 from scl_jax.models.heads import Classifier
 from scl_jax.models.scl import SCL, SCLConfig
@@ -73,14 +73,14 @@ def read_weights(
     if path.is_dir() and is_run(path):
         flat, _ = read_parameters(path, step)
         config = config_of_run(path)
-        named = tokenizer or config.data.tokenizer or f"{config.data.dir}/tokenizer"
+        named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
     else:
         if path.is_dir() and (path / "config.json").exists() and not _has_torch_weights(path):
             raise FileNotFoundError(f"{path}: a run without a checkpoint yet, or a folder of something else")
         flat, sizes, _ = read_torch(path, heads, vision_heads)
         own = path if path.is_dir() else path.parent
         has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
-        named = tokenizer or (str(own) if has_own else "roberta-base")
+        named = str(own) if has_own else "roberta-base"
         config = config_of(sizes, named)
         config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
         config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
@@ -99,7 +99,7 @@ def read_weights(
         make=make,
         flat=fitted,
         heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
-        tokenizer=_tokenizer(named, path),
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else load_run_tokenizer(path, named),
         text_length=config.data.text_length,
         image_size=streams["images"].image_size,
         video_size=streams["videos"].image_size,
@@ -148,14 +148,6 @@ def _adopt(config: ConfigDict, path: Path) -> None:
         config.data.text_length = int(noted["text_length"])
         config.data.images.image_size = int(noted["image_size"])
         config.data.videos.update(image_size=int(noted["video_size"]), frames=int(noted["video_frames"]))
-
-
-def _tokenizer(named: str, source: Path) -> Tokenizer:
-    """The tokenizer of that name, or, where a moved run's path no longer holds, the one beside the weights."""
-    beside = source / "tokenizer"
-    if not Path(named).expanduser().is_dir() and beside.is_dir():
-        return load_tokenizer(beside)
-    return load_tokenizer(named)
 
 
 def _answers(path: Path) -> tuple[str, ...]:

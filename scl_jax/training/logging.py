@@ -4,6 +4,7 @@
     speed.jsonl       the numbers that depend on the clock (`speed/…`), which no two runs share
     tensorboard/      both, for TensorBoard
     config.json       the resolved config
+    tokenizer/        a copy of the tokenizer, so that the run can be used wherever it lies
     environment.json  git revision, versions, devices, command
     results.json      the final evaluation
 

@@ -123,7 +123,7 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     )
 
 
-def optimizer_maker(config: ConfigDict) -> Callable[[Params], optax.GradientTransformation]:
+def optimizer_maker(config: ConfigDict) -> Callable[[Params], optax.GradientTransformationExtraArgs]:
     """A function that makes the optimizer for a tree of parameters."""
     options = optimizer_config(config)
     return lambda params: make_optimizer(options, config.train.steps, params)
@@ -138,7 +138,7 @@ def train_step(
     config: ConfigDict,
     task: Task,
     graph: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     state: TrainState,
     mesh: Mesh,
 ) -> Any:

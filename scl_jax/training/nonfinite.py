@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jaxtyping import Array, Bool
 
 from scl_jax.training.records import write_json
@@ -38,19 +37,8 @@ class NonFiniteError(ValueError):
 
 
 def keep_where_finite(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` where all was finite, else `old`, leaf by leaf.
-
-    The step that the learning rate is read at moves on in any case: rates belong to steps, not to updates. Adam's count
-    belongs to its moments and stays with them.
-    """
-
-    def is_schedule(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState)
-
-    def choose(new: Any, old: Any) -> Any:
-        return new if is_schedule(new) else jax.numpy.where(finite, new, old)
-
-    return jax.tree.map(choose, new, old, is_leaf=is_schedule)
+    """`new` where all was finite, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda new, old: jax.numpy.where(finite, new, old), new, old)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +74,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """√Σx² over all leaves, each squared and summed by one product with itself: nothing but the number is stored."""
-    squares = [jnp.tensordot(x, x, x.ndim, precision="highest") for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros([])))
+    """√Σx² over all leaves.
+
+    Rows are summed first, and kept apart from the sum of the rows: where XLA on a CPU joins both, a second goes into
+    the vocabulary's kernel alone.
+    """
+
+    def square(x: jax.Array) -> jax.Array:
+        rows = jnp.einsum("...i,...i->...", x, x, precision="highest") if x.ndim else x * x
+        return jnp.sum(jax.lax.optimization_barrier(rows))
+
+    return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.zeros([])))
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
@@ -89,42 +97,55 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-class AdamState(NamedTuple):
-    """Moments of `scale_by_reference_adam`."""
+def scale_by_adam(
+    b1: float, b2: float, eps: float, eps_uncorrected: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction m̂ / (√v̂ + eps). Where the update's `finite` is false, moments and count stay as they are.
 
-    count: jax.Array
-    mu: Any
-    nu: Any
+    The direction is that of the moments that are kept. The old ones are then read by their own update alone, which XLA
+    makes in place; where the choice follows the direction, a step copies both.
 
+    eps_uncorrected: add eps to √v *before* bias correction, as the reference does.
+    """
 
-def scale_by_reference_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam whose eps is added to the square root *before* bias correction, as in the reference."""
+    def init(params: Params) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        )
 
-    def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros([], jnp.int32), zeros, zeros)
-
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, finite: Any = True, **_):
         del params
-        count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        return jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu), AdamState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        count = kept(optax.safe_increment(state.count), state.count)
+        mu = kept(optax.tree.update_moment(updates, state.mu, b1, 1), state.mu)
+        nu = kept(optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2), state.nu)
+        if eps_uncorrected:
+            scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+            direction = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
+        else:
+            corrected = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+            direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *corrected)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
-    """The optimizer for a tree of parameters (arrays or shapes)."""
+def make_optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for a tree of parameters (arrays or shapes).
+
+    Its update takes `finite`: where false, the moments stay, and what it returns is of no use. The step that the
+    learning rate is read at moves on in any case: rates belong to steps, not to updates.
+    """
     c = config
     flat = parameters.flatten(params)
     multipliers = parameters.unflatten({path: multiplier(path, c) for path in flat})
     decay_mask = parameters.unflatten({path: decays(path, c) for path in flat})
-    adam = scale_by_reference_adam if c.adam_eps_uncorrected else optax.scale_by_adam
     return optax.chain(
         clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
-        adam(c.b1, c.b2, c.eps),
+        scale_by_adam(c.b1, c.b2, c.eps, c.adam_eps_uncorrected),
         optax.add_decayed_weights(c.weight_decay, decay_mask),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers)),
         optax.scale_by_learning_rate(make_schedule(c, steps)),

@@ -86,7 +86,7 @@ def shard_params(shapes: Params, mesh: Mesh) -> Params:
     return parameters.unflatten({path: NamedSharding(mesh, spec_of(path, x.shape, mesh)) for path, x in flat.items()})
 
 
-def shard_optimizer(tx: optax.GradientTransformation, shapes: Params, mesh: Mesh) -> Any:
+def shard_optimizer(tx: optax.GradientTransformationExtraArgs, shapes: Params, mesh: Mesh) -> Any:
     """Shardings of the optimizer state: moments lie as their parameters do (`jit(tx.init)` would replicate them)."""
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree.map_params(

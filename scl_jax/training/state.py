@@ -30,10 +30,10 @@ class TrainState:
 
 def plan_state(
     make_model: Callable[[nnx.Rngs], nnx.Module],
-    make_tx: Callable[[Params], optax.GradientTransformation],
+    make_tx: Callable[[Params], optax.GradientTransformationExtraArgs],
     mesh: Mesh,
     with_ema: bool = False,
-) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
+) -> tuple[nnx.GraphDef, optax.GradientTransformationExtraArgs, TrainState]:
     """(graph, optimizer, state as shapes with shardings): everything of a state but its numbers."""
     graph, shapes = parameters.abstract(make_model)
     tx = make_tx(shapes)
@@ -45,11 +45,11 @@ def plan_state(
 
 def init_state(
     make_model: Callable[[nnx.Rngs], nnx.Module],
-    make_tx: Callable[[Params], optax.GradientTransformation],
+    make_tx: Callable[[Params], optax.GradientTransformationExtraArgs],
     mesh: Mesh,
     seed: int,
     with_ema: bool = False,
-) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
+) -> tuple[nnx.GraphDef, optax.GradientTransformationExtraArgs, TrainState]:
     """A fresh state whose every leaf is created where it belongs; nothing is replicated that the plan splits."""
     graph, tx, planned = plan_state(make_model, make_tx, mesh, with_ema)
     layout = jax.tree.map(lambda x: x.sharding, planned)
@@ -57,7 +57,7 @@ def init_state(
 
 
 def _creator(
-    make_model: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformation, with_ema: bool
+    make_model: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformationExtraArgs, with_ema: bool
 ) -> Callable[[Any], TrainState]:
     def create(seed) -> TrainState:
         params = parameters.split(make_model(nnx.Rngs(jax.random.key(seed))))[1]
@@ -66,7 +66,9 @@ def _creator(
     return create
 
 
-def state_shardings(tx: optax.GradientTransformation, shapes: Params, mesh: Mesh, with_ema: bool) -> TrainState:
+def state_shardings(
+    tx: optax.GradientTransformationExtraArgs, shapes: Params, mesh: Mesh, with_ema: bool
+) -> TrainState:
     """The sharding of every leaf of a state."""
     layout: Any = sharding.shard_params(shapes, mesh)
     step: Any = sharding.replicated(mesh)

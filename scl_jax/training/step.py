@@ -113,7 +113,7 @@ def accumulated_gradient(
 def make_step(
     task: Task,
     graph: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     seed: int,
@@ -141,12 +141,11 @@ def make_step(
         total, norm = weighted_total(outputs.losses, weights), global_norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params, finite=finite)
             params: Any = optax.apply_updates(state.params, updates)
             params = task.constrain(params)
             average = state.ema and jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
-            old = (state.params, state.opt_state, state.ema)
-            params, opt_state, average = keep_where_finite(finite, (params, opt_state, average), old)
+            params, average = keep_where_finite(finite, (params, average), (state.params, state.ema))
         metrics = {f"loss/{name}": loss.mean() for name, loss in outputs.losses.items()}
         metrics |= {f"accuracy/{name}": value.mean() for name, value in outputs.accuracies.items()}
         metrics["loss/total"], metrics["gradient_norm"] = total, norm

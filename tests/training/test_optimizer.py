@@ -20,7 +20,14 @@ from golden_case import GOLDEN, GoldenCase, golden_losses
 from scl_jax.convert.rules import RULES, flax_to_torch
 from scl_jax.models import parameters
 from scl_jax.tasks.task import Outputs, WholeBatch
-from scl_jax.training.optimizer import OptimizerConfig, decays, make_optimizer, make_schedule, multiplier
+from scl_jax.training.optimizer import (
+    OptimizerConfig,
+    decays,
+    make_optimizer,
+    make_schedule,
+    multiplier,
+    scale_by_adam,
+)
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step
 from scl_jax.types import LossSum
@@ -276,3 +283,19 @@ def test_the_average_follows_the_parameters_after_each_update(decay, expected):
         state, _ = step(state, jnp.ones(2), ("slope",))  # type: ignore
         np.testing.assert_allclose(state.params["contrastive"]["temperature"], 1 - 0.1 * number, rtol=1e-6)
         np.testing.assert_allclose(state.ema["contrastive"]["temperature"], average, rtol=1e-6)
+
+
+def test_adam_is_optaxs_and_stands_still_where_not_finite():
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7)}
+    ours, theirs = scale_by_adam(0.9, 0.98, 1e-8), optax.scale_by_adam(0.9, 0.98, 1e-8)
+    state = [ours.init(params), theirs.init(params)]
+    for finite in (True, False, True, True):
+        gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        if not finite:
+            poisoned = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradient)
+            _, state[0] = ours.update(poisoned, state[0], finite=jnp.asarray(False))
+            continue
+        found, state[0] = ours.update(gradient, state[0], finite=jnp.asarray(True))
+        expected, state[1] = theirs.update(gradient, state[1])
+        jax.tree.map(np.testing.assert_array_equal, (found, state[0]), (expected, state[1]))

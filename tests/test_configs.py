@@ -1,6 +1,9 @@
 """Every config in configs/ passes its checks, and its network and step can be built; only shapes, no numbers."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -70,9 +73,8 @@ def test_a_config_passes_its_checks_on_the_devices_it_is_for(name):
     assert config.train.checkpoint_every % config.log.every == 0
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
-    config = finalized(name)
+def abstract_step(config):
+    """The step with all objectives, (state, batch) → (state, metrics), and the shapes of its state."""
     task = build.pretraining(config, vocab_size=config.model.text.vocab_size, mask_id=4)
     assert task.active(config.train.steps) == OBJECTIVES
     graph, params = parameters.abstract(build.model_maker(config))
@@ -87,14 +89,45 @@ def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
         accumulate=config.train.accumulate,
         dropout=config.model.dropout > 0,
     )
+    return lambda state, batch: step(state, batch, OBJECTIVES), state
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
+    config = finalized(name)
+    step, state = abstract_step(config)
     assert active_streams(config)
     for stream in active_streams(config):
-        after, metrics = jax.eval_shape(lambda s, b: step(s, b, OBJECTIVES), state, abstract_batch(config, stream))
+        after, metrics = jax.eval_shape(step, state, abstract_batch(config, stream))
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after.params) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), params
+            lambda x: (x.shape, x.dtype), state.params
         )
         assert {f"loss/{objective}" for objective in OBJECTIVES} <= set(metrics)
         assert all(value.shape == () for value in metrics.values())
+
+
+def program(name):
+    """The text of a config's step, as it goes to the compiler."""
+    config = finalized(name)
+    step, state = abstract_step(config)
+    return jax.jit(step).lower(state, abstract_batch(config, "images")).as_text()
+
+
+def test_every_process_makes_the_same_program():
+    """Whatever order its sets have: hosts that run together must agree, the compilation cache looks for the text."""
+    code = "import hashlib, test_configs as t; print(hashlib.sha256(t.program('quickstart').encode()).hexdigest())"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(CONFIGS.parent)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in "12"
+    ]
+    first, second = (process.communicate()[0] for process in processes)
+    assert len(first) == 65 and first == second
 
 
 def test_the_papers_network_has_its_size():

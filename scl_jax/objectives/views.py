@@ -53,9 +53,10 @@ PAIRS_OF = {
 SAME_SHAPE_PAIRS = ("matching", "language", "replaced", "completion")  # (full-size image, text); "dropped" is shorter
 
 
-def pairs_needed(active: Collection[str]) -> frozenset[str]:
-    """The fused pairs that the `active` objectives read."""
-    return frozenset(pair for name in active for pair in PAIRS_OF[name])
+def pairs_needed(active: Collection[str]) -> tuple[str, ...]:
+    """The fused pairs that the `active` objectives read, in a fixed order: a set's is another one in every process."""
+    needed = {pair for name in active for pair in PAIRS_OF[name]}
+    return tuple(pair for pair in (*SAME_SHAPE_PAIRS, "dropped") if pair in needed)
 
 
 @dataclasses.dataclass(frozen=True)

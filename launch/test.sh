@@ -38,8 +38,12 @@ echo "── audit"
 python launch/audit.py
 check lint ruff check .
 check format ruff format --check .
-check types pyright --pythonpath .venv/bin/python
+types_log=$(mktemp)
+pyright --pythonpath .venv/bin/python >"$types_log" 2>&1 & # beside the tests
+types=$!
+types_checked() { wait "$types"; local verdict=$?; cat "$types_log"; rm -f "$types_log"; return $verdict; }
 check tests python -m pytest -n 2 --cov --cov-report=term "$@"
+check types types_checked
 
 printf '\n%s' "$summary"
 exit $failed

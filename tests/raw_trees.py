@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 
 import av
@@ -32,6 +33,7 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
+@cache  # the encoder need not write the same bytes twice
 def clip(number: int) -> bytes:
     """Clip 1 has a single frame."""
     buffer = io.BytesIO()

@@ -106,6 +106,7 @@ def test_an_epoch_is_that_of_the_good_records(broken, tmp_path):
     assert session.config.train.steps == 11  # 4 · 43 / 16, rounded up; of all 48 they were 12
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_without_a_record_that_stopped_it(prepared, tmp_path):
     """With `fail` a run stops at the record by its name; `skip` continues, and says that the order is another one."""
     options = OPTIONS | {"data.bad_records": "fail", "train.checkpoint_every": 1}

@@ -61,6 +61,7 @@ def parameters_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
 SAVED = {"train.steps": 8, "train.checkpoint_every": 1, "train.keep_latest": 8, "train.max_nonfinite_in_row": 3}
 
 
+@pytest.mark.slow
 def test_injected_nans_are_skipped_counted_and_kept_and_a_row_of_them_ends_the_run(data_dir, tmp_path):
     """NaN at steps 2, 5, 6 and 7: the parameters stand still there, the third in a row is the last."""
     run = session(data_dir, tmp_path, **SAVED)

@@ -108,7 +108,7 @@ def scale_by_adam(
     eps_uncorrected: add eps to √v *before* bias correction, as the reference does.
     """
 
-    def init(params: Params) -> optax.ScaleByAdamState:
+    def init(params: Any) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
             jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
         )

@@ -142,7 +142,8 @@ def test_entailment(data_dir, pretrained, tmp_path):
     assert {label for _, label in rows} <= {"contradiction", "neutral", "entailment"}
 
 
-@pytest.mark.parametrize("stream", ["images", pytest.param("videos", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["images", "videos"])
 def test_retrieval(data_dir, pretrained, tmp_path, stream):
     results = run(data_dir, tmp_path, pretrained, "retrieval", stream=stream, **{"retrieval.hard_negatives": 1})
     middle = "" if stream == "images" else "video/"

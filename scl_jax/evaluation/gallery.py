@@ -9,6 +9,7 @@ Axes: R rows of a gallery, B rows of a batch, N tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -37,8 +38,8 @@ class Rows:
         needed = sum(x.nbytes for part in parts for x in part)
         self.on_device = needed <= (free_bytes(mesh) if budget is None else budget)
         if self.on_device:
-            join = jax.jit(lambda *columns: jnp.concatenate(columns), out_shardings=replicated(mesh))
-            self.arrays: tuple[Any, ...] = tuple(join(*column) for column in zip(*parts, strict=True))
+            join = joining(mesh)
+            self.arrays: tuple[Any, ...] = tuple(join(column) for column in zip(*parts, strict=True))
         else:
             self.arrays = tuple(
                 np.concatenate([whole(x) for x in column])[:count] for column in zip(*parts, strict=True)
@@ -47,6 +48,12 @@ class Rows:
     def on_host(self) -> tuple[np.ndarray, ...]:
         """The arrays as NumPy, without padding."""
         return tuple(np.asarray(x)[: self.count] for x in self.arrays)
+
+
+@cache  # a function made anew is compiled anew, at every evaluation
+def joining(mesh: Mesh) -> Callable[[Sequence[Array]], Array]:
+    """Arrays (R_i, …) → (Σ R_i, …) on every device of the mesh."""
+    return jax.jit(jnp.concatenate, out_shardings=replicated(mesh))
 
 
 def free_bytes(mesh: Mesh) -> float:

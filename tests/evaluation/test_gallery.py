@@ -10,7 +10,7 @@ from scl_jax import build
 from scl_jax.benchmark.retrieval import RandomSet
 from scl_jax.benchmark.workload import complete
 from scl_jax.evaluation import gallery
-from scl_jax.evaluation.gallery import IN_FLIGHT, Rows, queued
+from scl_jax.evaluation.gallery import IN_FLIGHT, Rows, joining, queued
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.training.sharding import make_mesh, split_rows
 from scl_jax.training.state import init_state
@@ -62,3 +62,12 @@ def test_a_gallery_that_does_not_fit_the_device_is_ranked_the_same(monkeypatch):
     there = evaluation.retrieval(state.params, "images", examples)
     assert here.metrics == there.metrics
     np.testing.assert_array_equal(here.text_to_item.scores, there.text_to_item.scores)
+
+
+def test_a_second_gallery_compiles_nothing():
+    mesh = make_mesh()
+    parts = [split_rows((np.zeros((8, 5), np.float32),), mesh)] * 2
+    Rows(parts, 15, mesh)
+    compiled = joining(mesh)._cache_size()  # type: ignore[attr-defined]
+    Rows(parts, 15, mesh)
+    assert joining(mesh)._cache_size() == compiled  # type: ignore[attr-defined]

@@ -62,8 +62,8 @@ PLANS: dict[str, list[Step]] = {
         Step("pretrain_large", "images", "v5e:16x16", 4096, fsdp=8),
         Step("pretrain_joint", "videos", "v5e:16x16", 1024, fsdp=8),
     ],
-    # 16 images a chip
-    "weak": [Step("pretrain_image", "images", f"v5p:{s}", 16 * chips, fsdp=8) for chips, s in SLICES.items()],
+    # 16 images a chip; parameters over four chips, so that the smallest slice, too, has an axis for data alone
+    "weak": [Step("pretrain_image", "images", f"v5p:{s}", 16 * chips, fsdp=4) for chips, s in SLICES.items()],
     # one slice, larger batches by accumulation
     "batches": [
         Step("pretrain_image", "images", "v5e:16x16", 4096 * times, fsdp=8, accumulate=times) for times in (2, 4, 8, 16)

@@ -152,13 +152,17 @@ def records(*changes: dict) -> list[dict]:
 
 
 def test_tables_hold_every_step_and_relate_more_chips_to_the_fewest():
-    more = {"topology": "v5p:4x4x4", "chips": 64, "batch_size": 1024, "mesh": {"data": 8, "fsdp": 8}, "flops": 2.55e12}
+    few = {"mesh": {"data": 2, "fsdp": 4}}
+    more = {"topology": "v5p:4x4x4", "chips": 64, "batch_size": 1024, "mesh": {"data": 16, "fsdp": 4}, "flops": 2.55e12}
     refused = {"topology": "v5e:2x4", "fits": False, "problem": "RESOURCE_EXHAUSTED"}
-    text = scaling_table.document(records({}, more, refused))
-    assert "| pretrain_image | images | v5p:2x2x2 | 8 | fsdp 8 | 128 | full | 1.00 + 2.00 | 3.00 of 16.00 |" in text
+    text = scaling_table.document(records(few, more, refused))
+    assert (
+        "| pretrain_image | images | v5p:2x2x2 | 8 | data 2 × fsdp 4 | 128 | full | 1.00 + 2.00 | 3.00 of 16.00 |"
+        in text
+    )
     assert "| refused |" in text
     assert "| 64 | 1024 | 2.550 | +2.0% | 3.00 | +0.0% | 16.0 |" in text
-    command = "--topology=v5p:4x4x4 --mesh=data=8,fsdp=8 --streams=images --config.data.images.batch_size=1024"
+    command = "--topology=v5p:4x4x4 --mesh=data=16,fsdp=4 --streams=images --config.data.images.batch_size=1024"
     assert text.count(command) == 1
 
 

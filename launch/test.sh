@@ -41,9 +41,10 @@ check format ruff format --check .
 types_log=$(mktemp)
 pyright --pythonpath .venv/bin/python >"$types_log" 2>&1 & # beside the tests
 types=$!
-types_checked() { wait "$types"; local verdict=$?; cat "$types_log"; rm -f "$types_log"; return $verdict; }
 check tests python -m pytest -n 2 --cov --cov-report=term "$@"
-check types types_checked
+check types wait "$types"
+cat "$types_log"
+rm -f "$types_log"
 
 printf '\n%s' "$summary"
 exit $failed

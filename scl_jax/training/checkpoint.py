@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,18 +22,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
-from orbax.checkpoint._src.futures import future, signaling_client
 
+from scl_jax.training import orbax_changes
 from scl_jax.training.distributed import meet
 from scl_jax.training.state import TrainState
 
-# Orbax counts its deadlines on the wall clock, so that a clock that is set forward would end a save: not on ours
-for module in (future, signaling_client):
-    module.time = SimpleNamespace(**(vars(time) | {"time": time.monotonic}))  # type: ignore[attr-defined]
-
-# Orbax warns at every save between two evaluations, and where the state alone is read
-_HARMLESS = ("did not provide metrics", "Metadata file does not exist")
-logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in _HARMLESS))
+orbax_changes.apply()
 
 # how damaged files show: missing (OSError), cut short or no JSON (ValueError), missing keys, errors of the runtime
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)

@@ -21,6 +21,7 @@ wait "$images"
 python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA" --train_tokenizer="$DATA/tokenizer"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # do not look for a TPU where launch/test.sh has installed its compiler
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$KEEP_MEMORY}
 # the many small programs of this run compile a quarter faster without the compiler's dearest passes
 export XLA_FLAGS=${XLA_FLAGS:---xla_llvm_disable_expensive_passes=true}
 python -m scl_jax.main --config=configs/quickstart.py --config.data.dir="$DATA" --workdir="$WORKDIR" "$@"

@@ -170,7 +170,7 @@ def document(records: list[Record]) -> str:
     """docs/scaling.md."""
     text = f"{_HEAD}\n## Steps\n\n{table(records)}\n\n{commands(records)}\n"
     if weak := weak_scaling(records):
-        text += f"\n## Weak scaling\n\n`pretrain_image`, 16 images a chip on v5p slices, fsdp 8.\n\n{weak}\n"
+        text += f"\n## Weak scaling\n\n`pretrain_image`, 16 images a chip on v5p slices, parameters split over 4 chips.\n\n{weak}\n"
     return text
 
 

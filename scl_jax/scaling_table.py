@@ -43,6 +43,7 @@ class Step:
             *(f"--mesh=data=-1,fsdp={self.fsdp}", f"--streams={self.stream}", f"--record={records}"),
             f"--config.data.{self.stream}.batch_size={self.batch_size}",
             f"--config.train.accumulate={self.accumulate}",
+            f"--config.evaluate.batch_size={self.batch_size}",  # the config's need not divide by so many chips
         ]
 
     def is_in(self, records: Iterable[Record]) -> bool:
@@ -56,9 +57,8 @@ SLICES = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8", 1024: "8x8x16"}
 PLANS: dict[str, list[Step]] = {
     "sizes": [
         Step("pretrain_joint", "images", "v5e:16x16", 4096, fsdp=8),
-        Step("pretrain_image", "images", "v5p:4x4x4", 4096, fsdp=8),
         Step("pretrain_image", "images", "v6e:8x8", 4096, fsdp=8),
-        Step("pretrain_image", "images", "v4:4x4x4", 4096, fsdp=8),
+        Step("pretrain_image", "images", "v4:4x4x4", 1024, fsdp=8),
         Step("pretrain_large", "images", "v5e:16x16", 4096, fsdp=8),
         Step("pretrain_joint", "videos", "v5e:16x16", 1024, fsdp=8),
     ],
@@ -125,6 +125,7 @@ def command(record: Record) -> str:
     words = [f"--config=configs/{record['config']}.py", f"--topology={record['topology']}", f"--mesh={mesh}"]
     words += [f"--streams={stream}", f"--config.data.{stream}.batch_size={record['batch_size']}"]
     words += [f"--config.train.accumulate={record['accumulate']}"] * (record["accumulate"] > 1)
+    words += [f"--config.evaluate.batch_size={record['batch_size']}"] * (record["chips"] > 256)
     return " ".join(["python -m scl_jax.compile_tpu", *words])
 
 
@@ -170,7 +171,8 @@ def document(records: list[Record]) -> str:
     """docs/scaling.md."""
     text = f"{_HEAD}\n## Steps\n\n{table(records)}\n\n{commands(records)}\n"
     if weak := weak_scaling(records):
-        text += f"\n## Weak scaling\n\n`pretrain_image`, 16 images a chip on v5p slices, parameters split over 4 chips.\n\n{weak}\n"
+        what = "`pretrain_image`, 16 images a chip on v5p slices, parameters split over 4 chips."
+        text += f"\n## Weak scaling\n\n{what}\n\n{weak}\n"
     return text
 
 

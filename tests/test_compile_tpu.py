@@ -90,6 +90,11 @@ def test_slices_have_as_many_devices_as_chips(compiler):
     assert compiler["chips"] == {"v5e:16x16": 256, "v4:4x4x4": 64, "v5p:8x8x16": 1024, "v6e:8x8": 64}
 
 
+def test_a_mesh_may_split_an_axis_of_the_torus(compiler):
+    chips = {"v4:4x4x4 fsdp=8": 64, "v5p:8x8x16 fsdp=4": 1024, "v6e:8x8 fsdp=4": 64, "v5e:16x16 fsdp=8": 256}
+    assert compiler["meshes"] == chips
+
+
 def test_the_rows_of_all_hosts_make_up_the_batch(compiler):
     """On a slice the mesh follows the wiring; whatever its order, every row belongs to the hosts of one device."""
     rows = compiler["rows"]

@@ -29,6 +29,13 @@ def rows_of_hosts() -> dict[int, list[int]]:
     return rows
 
 
+def chips_of_meshes() -> dict[str, int]:
+    """How many different chips a mesh holds whose fsdp axis is only a part of one of the torus's, by slice and size."""
+    cases = (("v4:4x4x4", 8), ("v5p:8x8x16", 4), ("v6e:8x8", 4), ("v5e:16x16", 8))
+    meshes = {f"{name} fsdp={size}": sharding.make_mesh(-1, size, 1, devices=tpu_devices(name)) for name, size in cases}
+    return {name: len({device.id for device in mesh.devices.flat}) for name, mesh in meshes.items()}
+
+
 def slices_of_data() -> dict:
     """Of two slices of v5e:4x4: which slices each row of the mesh touches, and what a mesh that must not be says."""
     devices = list(topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices)
@@ -60,6 +67,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     facts = {
         "chips": {name: len(tpu_devices(name)) for name in SLICES},
+        "meshes": chips_of_meshes(),
         "rows": rows_of_hosts(),
         "two_slices": slices_of_data(),
         "step": small_step(tuple(sys.argv[2:])),

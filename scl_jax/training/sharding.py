@@ -55,7 +55,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
     types = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        # whole axes of the slice's torus where they fit, else parts of them: fsdp=8 on 4x4x4 chips
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     if sizes[0] % slices:
         raise ValueError(f"config.mesh.data is {sizes[0]}; {slices} slices need a multiple of {slices}")
     # between slices there is only the network of the data centre: "data" alone crosses it

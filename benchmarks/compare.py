@@ -25,11 +25,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("ours", "torch", "torch_compiled")
-# glibc keeps what is freed, for both sides: a step of either allocates and frees gigabytes (launch/environment.sh)
-KEEP_MEMORY = (
-    "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=64000000000:"
-    "glibc.malloc.top_pad=67108864"
-)
 PREFIX = "@@"  # marks a worker's answers among whatever libraries print
 
 
@@ -139,7 +134,8 @@ class Side:
         environment = os.environ | {
             "JAX_PLATFORMS": device if name == "ours" else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
-            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", KEEP_MEMORY),
+            # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
         }
         command = [sys.executable, str(Path(__file__)), *argv, f"--worker={name}"]

@@ -2,10 +2,6 @@
 # Sourced by the other scripts: a Python environment in .venv that holds exactly the pinned versions.
 #   ensure_environment FILE...   installs each requirements file once, again when the file or Python has changed
 
-# For work on a CPU. A step there allocates and frees gigabytes, which glibc returns to the system every time; keeping
-# them halves the processor time of the quickstart's step (benchmarks/RESULTS.md). One arena: others cannot keep so much.
-KEEP_MEMORY=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=64000000000:glibc.malloc.top_pad=67108864
-
 find_python() { # prints the first interpreter that is Python 3.11 or 3.12 and can make environments
   local candidate
   for candidate in "${PYTHON:-python3}" python3.12 python3.11; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to an evaluated model on a laptop:  bash launch/quickstart.sh
-# Sets up .venv, makes the toy world, pre-trains on its images and clips, evaluates. About 15 minutes on 2 CPU cores.
+# Sets up .venv, makes the toy world, pre-trains on its images and clips, evaluates. About 10 minutes on 2 CPU cores.
 # WORKDIR=… and DATA=… choose other folders; further arguments go to the training command (--config.train.steps=100).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +21,10 @@ wait "$images"
 python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA" --train_tokenizer="$DATA/tokenizer"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # do not look for a TPU where launch/test.sh has installed its compiler
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$KEEP_MEMORY}
+# glibc returns the memory of every step to the system; keeping it halves the processor time of a step of so small a
+# network (benchmarks/RESULTS.md). Not for large ones: blocks of gigabytes are not always used again.
+keep=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=64000000000:glibc.malloc.top_pad=67108864
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$keep}
 # the many small programs of this run compile a quarter faster without the compiler's dearest passes
 export XLA_FLAGS=${XLA_FLAGS:---xla_llvm_disable_expensive_passes=true}
 python -m scl_jax.main --config=configs/quickstart.py --config.data.dir="$DATA" --workdir="$WORKDIR" "$@"

@@ -43,8 +43,8 @@ def test_without_an_evaluation_there_is_no_best_checkpoint(tmp_path):
 
 
 def test_saves_leave_no_memory_behind(tmp_path):
-    """TensorStore keeps what it returns as JSON: 500 blocks a save of 60 arrays where Orbax asks as it likes."""
-    checkpoints, state = Checkpoints(tmp_path), {f"p{i}": np.zeros(2) for i in range(60)}
+    """TensorStore keeps what it returns as JSON: 850 blocks a save of 200 arrays where Orbax asks as it likes."""
+    checkpoints, state = Checkpoints(tmp_path), {f"p{i}": np.zeros(2) for i in range(200)}
 
     def blocks_after(steps: range) -> int:
         for step in steps:
@@ -54,7 +54,7 @@ def test_saves_leave_no_memory_behind(tmp_path):
         return sys.getallocatedblocks()
 
     before = blocks_after(range(5))
-    assert (blocks_after(range(5, 15)) - before) / 10 < 100
+    assert (blocks_after(range(5, 15)) - before) / 10 < 400  # 50 alone; others' threads may be at work, too
     checkpoints.close()
 
 

@@ -34,7 +34,7 @@ def _ask_tensorstore_less() -> None:
     """TensorStore (up to 0.1.86, at least) never frees what it returns as JSON, and Orbax asks for much at every save.
 
     The same description of the folder for each array is asked for once a folder, and how many bytes went to the disk,
-    which only a debug log says, never: 0.1 MB a save less for a network of 300 arrays with its moments.
+    which only a log says, never: 50 blocks of Python's memory stay of a save of 200 arrays instead of 850.
     """
     describe = tensorstore_utils._build_ocdbt_kvstore_tspec
     of_folder = functools.lru_cache(maxsize=8)(functools.partial(describe, name=None))

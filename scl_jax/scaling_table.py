@@ -1,8 +1,8 @@
 """Tables of what fits where: `python -m scl_jax.scaling_table --plan=sizes,weak` compiles and writes docs/scaling.md.
 
-Every step of a plan is compiled in a process of its own by `scl_jax.compile_tpu` (9 minutes of a core and more, up to 11 GiB of memory);
-what is already in the records is not compiled again, so that a sweep can be interrupted. Without --plan the tables
-are only written anew.
+Every step of a plan is compiled in a process of its own by `scl_jax.compile_tpu` (9 minutes of a core and more, up to
+11 GiB of memory); what is already in the records is not compiled again, so that a sweep can be interrupted. Without
+--plan the tables are only written anew.
 """
 
 from __future__ import annotations

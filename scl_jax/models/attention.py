@@ -6,6 +6,7 @@ Axes: B batch, Q queries, K keys, H heads, d width of a head, D = H·d.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -51,9 +52,68 @@ def attend(
     """
     if implementation == "cudnn" and (dropout_key is None or dropout_rate == 0.0):
         return fused_attention(query, key, value, key_mask, "cudnn")
-    weights = attention_weights(query, key, key_mask).astype(value.dtype)
-    weights = dropout(weights, dropout_rate, dropout_key)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return plain_attention(dropout_rate, query, key, value, key_mask, dropout_key)
+
+
+# ---- the plain way, which keeps one array of size Q · K for the backward pass; left to itself XLA keeps three ----
+#
+# With logits l = q·k / √d of a query and a key, w = exp(l - max l), z = Σ w over the keys, m the dropout mask over its
+# probability, ∂o the gradient of the output:
+#
+#     o = Σ m·w·v / z        ∂v = Σ m·w·(∂o / z)        ∂l = w·(m·(∂o / z)·v - (∂o / z)·o)
+#
+# so that all divisions are of rows of d numbers, not of K.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def plain_attention(
+    dropout_rate: float,
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K H d"],
+    value: Float[Array, "B K H d"],
+    key_mask: Bool[Array, "B K"] | None,
+    dropout_key: Key[Array, ""] | None,
+) -> Float[Array, "B Q H d"]:
+    """Softmax in at least float32, dropout on its weights, products in the type of the inputs."""
+    return plain_attention_forward(dropout_rate, query, key, value, key_mask, dropout_key)[0]
+
+
+def plain_attention_forward(dropout_rate, query, key, value, key_mask, dropout_key):
+    """The output, and what the backward pass needs."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", scaled(query), key, preferred_element_type=wide)
+    if key_mask is not None:
+        logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(wide).min)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    inverse = 1.0 / weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, Q, H, 1)
+    dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
+    y = jnp.einsum("bhqk,bkhd->bqhd", dropped, value, preferred_element_type=wide) * inverse
+    y = y.astype(value.dtype)
+    return y, (query, key, value, dropout_key, weights, inverse, y)
+
+
+def plain_attention_backward(dropout_rate, kept, gradient):
+    """Gradients of query, key and value."""
+    query, key, value, dropout_key, weights, inverse, y = kept
+    gradient = gradient * inverse
+    along = (gradient * y).sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, H, Q, 1)
+    gradient = gradient.astype(value.dtype)
+    dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
+    value_gradient = jnp.einsum("bhqk,bqhd->bkhd", dropped, gradient)
+    of_weights = jnp.einsum("bqhd,bkhd->bhqk", gradient, value, preferred_element_type=weights.dtype)
+    of_logits = weights * (dropout(of_weights, dropout_rate, dropout_key) - along)
+    of_logits = of_logits.astype(query.dtype)
+    query_gradient = scaled(jnp.einsum("bhqk,bkhd->bqhd", of_logits, key))
+    key_gradient = jnp.einsum("bhqk,bqhd->bkhd", of_logits, scaled(query))
+    return query_gradient, key_gradient, value_gradient, None, None
+
+
+plain_attention.defvjp(plain_attention_forward, plain_attention_backward)
+
+
+def scaled(query: Float[Array, "B Q H d"]) -> Float[Array, "B Q H d"]:
+    """`query / √d`: exact where d is a power of four, as 64 is."""
+    return query * query.shape[-1] ** -0.5
 
 
 def fused_attention(

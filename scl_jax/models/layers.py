@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,17 +73,76 @@ class LayerNorm(nnx.LayerNorm):
 
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return super().__call__(x).astype(self.out_dtype)
+        scale, bias = (jnp.asarray(p[...], self.dtype) for p in (self.scale, self.bias))
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.out_dtype)
 
 
+# ---- functions that keep their input alone for the backward pass ----
+#
+# Left to itself, automatic differentiation keeps three or four more arrays of the same size for each of them.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+) -> Float[Array, "... D"]:
+    """`(x - mean) / sqrt(variance + epsilon) · scale + bias`, in the type of `scale`."""
+    return layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def layer_norm_forward(x, scale, bias, epsilon: float):
+    """The result, and what the backward pass needs: the input, and two numbers for each of its rows."""
+    wide = x.astype(scale.dtype)
+    mean = wide.mean(axis=-1, keepdims=True)
+    centred = wide - mean
+    inverse = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+    return centred * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def layer_norm_backward(epsilon: float, kept, gradient):
+    """Gradients of input, scale and bias."""
+    x, mean, inverse, scale = kept
+    unit = (x.astype(scale.dtype) - mean) * inverse
+    rows = tuple(range(x.ndim - 1))
+    scaled = gradient * scale
+    along = unit * (scaled * unit).mean(axis=-1, keepdims=True)
+    dx = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
+    return dx.astype(x.dtype), (gradient * unit).sum(axis=rows), gradient.sum(axis=rows)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+
+
+@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The exact (erf) GELU of BERT and RoBERTa."""
     return jax.nn.gelu(x, approximate=False)
 
 
+def gelu_backward(x, gradient):
+    """`d/dx x·Φ(x) = Φ(x) + x·φ(x)`, with Φ and φ the distribution and density of the standard normal."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    slope = 0.5 * (1.0 + jax.lax.erf(wide * 0.5**0.5)) + wide * jnp.exp(-0.5 * wide**2) * (0.5 / jnp.pi) ** 0.5
+    return ((gradient * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), gelu_backward)
+
+
+@jax.custom_vjp
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """CLIP's `x · sigmoid(1.702 x)`."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def quick_gelu_backward(x, gradient):
+    """With σ = sigmoid(1.702 x): `σ + 1.702 x·σ·(1 - σ)`."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    gate = 0.5 + 0.5 * jnp.tanh(0.851 * wide)  # sigmoid; XLA would keep the forward pass's if it were written alike
+    return ((gradient * gate * (1.0 + 1.702 * wide * (1.0 - gate))).astype(x.dtype),)
+
+
+quick_gelu.defvjp(lambda x: (quick_gelu(x), x), quick_gelu_backward)
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> list:

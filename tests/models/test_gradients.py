@@ -1,0 +1,96 @@
+"""Gradients that are written by hand are those of automatic differentiation, and keep no more than they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scl_jax.models import attention, layers
+from scl_jax.models.dropout import dropout
+
+WIDE = 1e-12  # relative, float64
+
+
+def normal(*shape: int, dtype=jnp.float64) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(len(shape) + shape[-1]).normal(size=shape), dtype)
+
+
+def same_gradients(ours, plain, arguments, rtol: float) -> None:
+    """Values and gradients of both in a random direction."""
+    y, pull = jax.vjp(ours, *arguments)
+    expected, pull_plain = jax.vjp(plain, *arguments)
+    direction = normal(*y.shape, dtype=y.dtype)
+    pairs = [(y, expected), *zip(pull(direction), pull_plain(direction), strict=True)]
+    for value, reference in pairs:
+        assert value.dtype == reference.dtype and value.shape == reference.shape
+        np.testing.assert_allclose(value, reference, rtol=rtol, atol=rtol * float(jnp.abs(reference).max()))
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (layers.gelu, lambda x: 0.5 * x * (1 + jax.lax.erf(x / 2**0.5))),
+        (layers.quick_gelu, lambda x: x / (1 + jnp.exp(-1.702 * x))),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", WIDE), ("float32", 1e-6)])
+def test_activations(ours, plain, dtype, rtol):
+    with jax.enable_x64(True):
+        x = jnp.concatenate([4 * normal(300), jnp.array([0.0, -30.0, 30.0, -8.0, 8.0])]).astype(dtype)
+        same_gradients(ours, plain, (x,), rtol)
+
+
+def test_layer_norm():
+    def plain(x, scale, bias):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
+
+    with jax.enable_x64(True):
+        same_gradients(
+            lambda *xs: layers.layer_norm(*xs, 1e-5), plain, (3 + normal(2, 5, 16), normal(16), normal(1, 16)[0]), WIDE
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention(masked, rate):
+    mask = jnp.arange(5) < jnp.array([5, 3])[:, None] if masked else None
+    key = jax.random.key(3)
+
+    def plain(query, keys, value):
+        weights = dropout(attention.attention_weights(query, keys, mask), rate, key)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    def ours(query, keys, value):
+        return attention.attend(query, keys, value, mask, dropout_rate=rate, dropout_key=key)
+
+    with jax.enable_x64(True):
+        same_gradients(ours, plain, (normal(2, 7, 3, 8), normal(2, 5, 3, 8), 2 * normal(2, 5, 3, 8)), WIDE)
+
+
+def test_attention_in_bfloat16_is_near_float32():
+    inputs = [normal(2, n, 3, 16, dtype=jnp.float32) for n in (7, 5, 5)]
+    half = [x.astype(jnp.bfloat16) for x in inputs]
+    direction = normal(2, 7, 3, 16, dtype=jnp.float32)
+    y, pull = jax.vjp(attention.attend, *half)
+    expected, pull_wide = jax.vjp(attention.attend, *(x.astype(jnp.float32) for x in half))
+    got = (y, *pull(direction.astype(jnp.bfloat16)))
+    for value, reference in zip(got, (expected, *pull_wide(direction)), strict=True):
+        assert value.dtype == jnp.bfloat16
+        np.testing.assert_allclose(value.astype(jnp.float32), reference, atol=0.02 * float(jnp.abs(reference).max()))
+
+
+def kept(function, *arguments) -> list[tuple[int, ...]]:
+    """Shapes of what the backward pass keeps, the largest last."""
+    _, pull = jax.vjp(function, *arguments)
+    return sorted((x.shape for x in jax.tree.leaves(pull)), key=lambda shape: int(np.prod(shape)))
+
+
+def test_what_is_kept():
+    x, scale = normal(4, 6, 8, dtype=jnp.float32), normal(8, dtype=jnp.float32)
+    assert kept(layers.gelu, x) == kept(layers.quick_gelu, x) == [x.shape]
+    *small, largest = kept(lambda *xs: layers.layer_norm(*xs, 1e-5), x, scale, scale)
+    assert largest == x.shape and all(shape in ((8,), (4, 6, 1)) for shape in small)
+    query = normal(2, 50, 3, 4, dtype=jnp.float32)
+    shapes = kept(lambda *xs: attention.attend(*xs, dropout_rate=0.1, dropout_key=jax.random.key(0)), *[query] * 3)
+    assert [s for s in shapes if np.prod(s) > query.size] == [(2, 3, 50, 50)]

@@ -17,6 +17,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 PIXELS = 96  # height and width of a frame
+# Objects of stills lie in the middles of cells of so many pixels, a patch of the quickstart's network: from random
+# weights it learns in minutes to tell shapes apart there, and not at all where a patch may cut them anywhere.
+CELL = 16
 COLOURS = {
     "red": (222, 30, 30),
     "green": (25, 150, 50),
@@ -173,7 +176,12 @@ def _free_track(rng: np.random.Generator, thing: Thing, frames: int, others: lis
     low, high = (margin - path[:, :2]).max(axis=0), (PIXELS - 1 - margin - path[:, :2]).min(axis=0)
     if (low > high).any():
         return None
-    places = path[:, :2] + rng.integers(low, high + 1, size=(20, 2))[:, None]  # (20, F, 2)
+    if frames == 1:  # in a still, the middles of cells
+        first, last = -(-(low - CELL // 2) // CELL), (high - CELL // 2) // CELL
+        starts = rng.integers(first, last + 1, size=(20, 2)) * CELL + CELL // 2
+    else:
+        starts = rng.integers(low, high + 1, size=(20, 2))
+    places = path[:, :2] + starts[:, None]  # (20, F, 2)
     free = np.ones(20, bool)
     for other in others:
         x, y = places[:, :, 0] - other[:, 0], places[:, :, 1] - other[:, 1]

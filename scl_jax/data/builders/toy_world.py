@@ -92,7 +92,8 @@ _KINDS = {
 class ToyWorld(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of all configs."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "Objects of stills lie on a grid.", "1.0.0": "Objects lie anywhere."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         kind = _KINDS[cast(ToyWorldConfig, self.builder_config).name]

@@ -96,6 +96,13 @@ def test_captions_are_short_distinct_and_name_every_object(train, test):
     assert {len(record["captions"]) for record in train} == {3}
 
 
+def test_objects_of_stills_lie_in_the_middles_of_cells():
+    scenes = toy_world.records("images", "train", 300, seed=0)
+    centres = np.concatenate([middles(record)[0] for record in scenes])
+    assert np.abs(centres - np.floor(centres / 16) * 16 - 8).max() <= 2  # of the cell, but for shapes that are not even
+    assert len(np.unique(np.floor(centres / 16), axis=0)) == 16
+
+
 def test_noun_phrases_name_their_object_truly(train, test):
     for record in train + test:
         for phrase in toy_world.phrases(record):

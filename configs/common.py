@@ -57,13 +57,13 @@ def toy_world() -> ConfigDict:
     return config
 
 
-def begin_later(config: ConfigDict, fusion: int, completion: int, ramp: int) -> None:
-    """Objectives enter one after the other, as random weights need it: contrastive, then fusion, completion last.
+def begin_later(config: ConfigDict, ramp: int, completion: int, **starts: int) -> None:
+    """Objectives enter one after the other, as random weights need it: `starts` at their steps, completion last.
 
     Completion at full weight from the first step drowns the rest; it begins with a tenth of its weight.
     """
-    for name in ("matching", "masked_language"):
-        config.objectives[name].update(start=fusion, ramp=ramp)
+    for name, start in starts.items():
+        config.objectives[name].update(start=start, ramp=ramp)
     for name in ("global_vision", "global_text", "local_vision", "local_text"):
         config.objectives[name].update(start=completion, ramp=ramp)
         config.objectives[name].weight *= 0.1

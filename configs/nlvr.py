@@ -18,7 +18,7 @@ def get_config():
     data.tokenizer = "data/nlvr_tokenizer"
     data.images.update(datasets=("own_data/nlvr",), batch_size=64, image_size=112)
 
-    begin_later(config, fusion=100, completion=700, ramp=50)
+    begin_later(config, ramp=50, completion=700, matching=100, masked_language=100)
     config.optimizer.update(learning_rate=1e-3, decay="cosine")
     config.train.update(steps=800, checkpoint_every=200)
     config.evaluate.equal_captions = True  # six pictures share a statement

@@ -30,7 +30,7 @@ def get_config():
     # data.videos.update(datasets=("own_data/my_clips",), batch_size=64, frames=4, image_size=224, share=1.0)
 
     # From random weights, objectives enter one after the other; completion last, or it drowns the rest.
-    begin_later(config, fusion=8_000, completion=14_000, ramp=500)
+    begin_later(config, ramp=500, completion=14_000, matching=8_000, masked_language=8_000)
     config.train.update(steps=20_000, checkpoint_every=1000)
     config.optimizer.update(learning_rate=5e-4, clip_norm=1.0, multiplier_fusion=1.0, multiplier_head=1.0)
     config.evaluate.update(every=2000, max_items=1000)

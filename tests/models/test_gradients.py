@@ -15,6 +15,10 @@ def normal(*shape: int, dtype=jnp.float64) -> jax.Array:
     return jnp.asarray(np.random.default_rng(len(shape) + shape[-1]).normal(size=shape), dtype)
 
 
+def norm(x, scale, bias) -> jax.Array:
+    return layers.layer_norm(x, scale, bias, 1e-5)
+
+
 def same_gradients(ours, plain, arguments, rtol: float) -> None:
     """Values and gradients of both in a random direction."""
     y, pull = jax.vjp(ours, *arguments)
@@ -46,9 +50,7 @@ def test_layer_norm():
         return centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * scale + bias
 
     with jax.enable_x64(True):
-        same_gradients(
-            lambda *xs: layers.layer_norm(*xs, 1e-5), plain, (3 + normal(2, 5, 16), normal(16), normal(1, 16)[0]), WIDE
-        )
+        same_gradients(norm, plain, (3 + normal(2, 5, 16), normal(16), normal(1, 16)[0]), WIDE)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -89,7 +91,7 @@ def kept(function, *arguments) -> list[tuple[int, ...]]:
 def test_what_is_kept():
     x, scale = normal(4, 6, 8, dtype=jnp.float32), normal(8, dtype=jnp.float32)
     assert kept(layers.gelu, x) == kept(layers.quick_gelu, x) == [x.shape]
-    *small, largest = kept(lambda *xs: layers.layer_norm(*xs, 1e-5), x, scale, scale)
+    *small, largest = kept(norm, x, scale, scale)
     assert largest == x.shape and all(shape in ((8,), (4, 6, 1)) for shape in small)
     query = normal(2, 50, 3, 4, dtype=jnp.float32)
     shapes = kept(lambda *xs: attention.attend(*xs, dropout_rate=0.1, dropout_key=jax.random.key(0)), *[query] * 3)

@@ -13,12 +13,11 @@ from configs.common import begin_later, toy_world
 def get_config():
     config = toy_world()
     config.model.fusion.layers = 1  # the layer whose attention is looked at has to find the objects
-    begin_later(config, ramp=100, contrastive=500, matching=700, completion=1700)
+    begin_later(config, ramp=100, contrastive=800, matching=1000, completion=1650)
     config.objectives.contrastive.weight = 0.25
     config.objectives.masked_language.mask_ratio = 0.4  # with fewer words to guess the others from, it has to look
     config.objectives.matching.hard_negatives = 0.9  # random scenes alone are too easy to tell apart
     config.objectives.group_size = 64  # among which the hard ones are found
     config.optimizer.decay = "cosine"
-    config.data.images.share, config.data.videos.share = 0.7, 0.3
-    config.train.update(steps=2000, checkpoint_every=500)
+    config.train.update(steps=1800, checkpoint_every=450)
     return config

@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py --data=data --out=runs/ablation
 
-First the quickstart's network is trained on scenes without completion (`--before` steps; matching and masked language
-join in after 60 % of them). Every arm and seed continues from that checkpoint for the same number of steps, and arms
-differ in the weights of completion alone, which are the quickstart's. A seed decides the order of the examples, all
-masks, and the initial head of the downstream task; what the arms start from is the same for all seeds.
+First the quickstart's network is trained on scenes without completion (`--before` steps; the contrastive objective
+joins in after 50 % of them, matching after 60 %). Every arm and seed continues from that checkpoint for the same number
+of steps, and arms differ in the weights of completion alone, which are the quickstart's. A seed decides the order of
+the examples, all masks, and the initial head of the downstream task; all seeds start from the same checkpoint.
 
 Every run is evaluated zero-shot on 200 held-out scenes, then fine-tuned for visual questions. Finished runs are kept,
 interrupted ones go on; `--arms` and `--seeds` make some of the runs, the table shows all that are there.
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FUSED = ("matching", "masked_language")
+LATER = {"contrastive": 5, "matching": 6}  # after how many tenths of the common run they begin
 COMPLETION = ("global_vision", "global_text", "local_vision", "local_text")
 START_SEED = 1000  # so that no arm sees the examples of the shared steps again in the same order
 ARMS = {"none": COMPLETION, "global": COMPLETION[2:], "global_local": ()}  # objectives that are off
@@ -64,9 +64,9 @@ def pretrain(workdir: Path, options: Namespace, off: Sequence[str], **more: obje
 
 
 def common_start(options: Namespace) -> Path:
-    """The run that every arm continues: contrastive, then matching and masked language, from random weights."""
+    """The run that every arm continues: masked language, then contrastive, then matching, from random weights."""
     workdir = options.out / "start"
-    begin = {f"objectives.{name}.start": 6 * options.before // 10 for name in FUSED}
+    begin = {f"objectives.{name}.start": share * options.before // 10 for name, share in LATER.items()}
     pretrain(workdir, options, COMPLETION, **{"seed": START_SEED, "train.steps": options.before}, **begin)
     return workdir
 
@@ -74,7 +74,7 @@ def common_start(options: Namespace) -> Path:
 def one_run(options: Namespace, arm: str, seed: int) -> dict[str, float]:
     """Pre-training of an arm with a seed, then fine-tuning; their results together."""
     workdir = options.out / f"{arm}_{seed}"
-    at_once = {f"objectives.{name}.{key}": 0 for name in FUSED for key in ("start", "ramp")}
+    at_once = {f"objectives.{name}.{key}": 0 for name in LATER for key in ("start", "ramp")}
     continued = {"init.checkpoint": options.out / "start", "seed": seed, "train.steps": options.steps}
     size = {"data.images.batch_size": options.batch_size, "optimizer.learning_rate": options.learning_rate}
     found = pretrain(workdir, options, ARMS[arm], **at_once, **continued, **size)

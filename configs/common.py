@@ -50,6 +50,7 @@ def laptop(image_size: int, max_frames: int = 1) -> ConfigDict:
 def toy_world() -> ConfigDict:
     """The laptop's network on scenes and clips of coloured shapes."""
     config = laptop(image_size=96, max_frames=4)
+    config.model.fusion.layers = 1  # the layer whose attention is looked at has to find the objects itself
     data = config.data
     data.tokenizer = ""  # the one that launch/quickstart.sh trains beside the shards
     data.images.update(datasets=("toy_world/images",), batch_size=64, share=0.8, image_size=96)

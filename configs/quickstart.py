@@ -12,7 +12,6 @@ from configs.common import begin_later, toy_world
 
 def get_config():
     config = toy_world()
-    config.model.fusion.layers = 1  # the layer whose attention is looked at has to find the objects
     begin_later(config, ramp=100, contrastive=800, matching=1000, completion=1650)
     config.objectives.contrastive.weight = 0.25
     config.objectives.masked_language.mask_ratio = 0.4  # with fewer words to guess the others from, it has to look

@@ -73,8 +73,10 @@ class LayerNorm(nnx.LayerNorm):
 
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale, bias = (jnp.asarray(p[...], self.dtype) for p in (self.scale, self.bias))
-        return layer_norm(x, scale, bias, self.epsilon).astype(self.out_dtype)
+        both: Any = (self.scale, self.bias)  # there are both
+        scale, bias = (jnp.asarray(p[...], self.dtype) for p in both)
+        y: Array = layer_norm(x, scale, bias, self.epsilon)
+        return y.astype(self.out_dtype)
 
 
 # ---- functions that keep their input alone for the backward pass ----

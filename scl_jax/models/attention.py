@@ -21,15 +21,25 @@ from scl_jax.partition import tensor_parallel
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
+def attention_logits(
+    query: Float[Array, "B Q H d"], key: Float[Array, "B K H d"], key_mask: Bool[Array, "B K"] | None
+) -> Float[Array, "B H Q K"]:
+    """q·k / √d in at least float32; the lowest number at keys that `key_mask` does not admit."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", scaled(query), key, preferred_element_type=dtype)
+    return logits if key_mask is None else jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(dtype).min)
+
+
 def attention_weights(
     query: Float[Array, "B Q H d"], key: Float[Array, "B K H d"], key_mask: Bool[Array, "B K"] | None
 ) -> Float[Array, "B H Q K"]:
     """softmax(q·k / √d) over the keys that `key_mask` admits, in at least float32."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype) / query.shape[-1] ** 0.5
-    if key_mask is not None:
-        logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(dtype).min)
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(attention_logits(query, key, key_mask), axis=-1)
+
+
+def scaled(query: Float[Array, "B Q H d"]) -> Float[Array, "B Q H d"]:
+    """`query / √d`: exact where d is a power of four, as 64 is."""
+    return query * query.shape[-1] ** -0.5
 
 
 @jax.named_scope("attention")
@@ -80,14 +90,11 @@ def plain_attention(
 
 def plain_attention_forward(dropout_rate, query, key, value, key_mask, dropout_key):
     """The output, and what the backward pass needs."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", scaled(query), key, preferred_element_type=wide)
-    if key_mask is not None:
-        logits = jnp.where(key_mask[:, None, None, :], logits, jnp.finfo(wide).min)
+    logits = attention_logits(query, key, key_mask)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     inverse = 1.0 / weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, Q, H, 1)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    y = jnp.einsum("bhqk,bkhd->bqhd", dropped, value, preferred_element_type=wide) * inverse
+    y = jnp.einsum("bhqk,bkhd->bqhd", dropped, value, preferred_element_type=weights.dtype) * inverse
     y = y.astype(value.dtype)
     return y, (query, key, value, dropout_key, weights, inverse, y)
 
@@ -109,11 +116,6 @@ def plain_attention_backward(dropout_rate, kept, gradient):
 
 
 plain_attention.defvjp(plain_attention_forward, plain_attention_backward)
-
-
-def scaled(query: Float[Array, "B Q H d"]) -> Float[Array, "B Q H d"]:
-    """`query / √d`: exact where d is a power of four, as 64 is."""
-    return query * query.shape[-1] ** -0.5
 
 
 def fused_attention(

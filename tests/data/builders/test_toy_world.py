@@ -99,8 +99,9 @@ def test_captions_are_short_distinct_and_name_every_object(train, test):
 def test_objects_of_stills_lie_in_the_middles_of_cells():
     scenes = toy_world.records("images", "train", 300, seed=0)
     centres = np.concatenate([middles(record)[0] for record in scenes])
-    assert np.abs(centres - np.floor(centres / 16) * 16 - 8).max() <= 2  # of the cell, but for shapes that are not even
-    assert len(np.unique(np.floor(centres / 16), axis=0)) == 16
+    cells = np.floor(centres / toy_scenes.CELL)
+    assert np.abs(centres - (cells + 0.5) * toy_scenes.CELL).max() <= 2  # boxes of uneven shapes are not quite centred
+    assert len(np.unique(cells, axis=0)) == 16
 
 
 def test_noun_phrases_name_their_object_truly(train, test):

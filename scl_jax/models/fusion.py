@@ -1,12 +1,13 @@
 """Fusion encoder: two streams with co-attention (METHOD section 3).
 
-Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches),
-D width, J = 2D joint width.
+Axes: B batch of pairs, T texts and I images they are made of (each B without a `Pairing`), F frames, L text tokens,
+N visual tokens (F [CLS] first, then patches), D width, J = 2D joint width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import flax.struct
@@ -85,6 +86,17 @@ class Fused:
         return self.image[:, self.frames :].reshape(b, self.frames, (n - self.frames) // self.frames, d)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """Which texts are fused with which images, where some take part in several pairs.
+
+    Each function turns rows of texts, or of images, into rows of pairs: (T, …) or (I, …) → (B, …), whatever they hold.
+    """
+
+    text: Callable[[Array], Array]
+    image: Callable[[Array], Array]
+
+
 class CoAttentionLayer(nnx.Module):
     """Both streams read the other's previous output: `x', y' = text(x, y), image(y, x)`."""
 
@@ -104,6 +116,26 @@ class CoAttentionLayer(nnx.Module):
             self.image(image, None, text, text_mask, key=image_key, wanted=image_wanted),
         )
 
+    def of_pairs(
+        self, texts_and_images: tuple[Array, Array], key, *, text_mask, pairing: Pairing
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+        """The layer for pairs of what has not met before: what a stream computes alone is computed once, not by pair.
+
+        That is self-attention, and the projections for cross-attention.
+        """
+        text, image = texts_and_images
+        (text_key, *text_keys), (image_key, *image_keys) = (split_key(k, 3) for k in split_key(key, 2))
+        own_text = self.text.attention(text, None, text_mask, text_key)
+        own_image = self.image.attention(image, None, None, image_key)
+        asked, keys, values = self.text.cross_attention.project(own_text, image)
+        of_text = pairing.text(asked), pairing.image(keys), pairing.image(values)
+        asked, keys, values = self.image.cross_attention.project(own_image, text)
+        of_image = pairing.image(asked), pairing.text(keys), pairing.text(values)
+        return (
+            self.text.finish(pairing.text(own_text), of_text, None, text_keys),
+            self.image.finish(pairing.image(own_image), of_image, pairing.text(text_mask), image_keys),
+        )
+
 
 class FusionEncoder(nnx.Module):
     """Linear maps into the common width, token types, co-attention layers, poolers."""
@@ -118,33 +150,42 @@ class FusionEncoder(nnx.Module):
         self.image_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
 
     def add_types(
-        self, text: Float[Array, "B L D"], image: Float[Array, "B N D"], image_type: int = IMAGE_TYPE
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+        self, text: Float[Array, "T L D"], image: Float[Array, "I N D"], image_type: int = IMAGE_TYPE
+    ) -> tuple[Float[Array, "T L D"], Float[Array, "I N D"]]:
         """The inputs of the first layer: transformed tokens plus their token-type row."""
         types = self.token_type[...].astype(text.dtype)
         return text + types[TEXT_TYPE], image + types[image_type]
 
     def __call__(
         self,
-        text: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"],
-        image: Float[Array, "B N D"],
+        text: Float[Array, "T L D"],
+        text_mask: Bool[Array, "T L"],
+        image: Float[Array, "I N D"],
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
         wanted: Wanted | None = None,
+        pairing: Pairing | None = None,
     ) -> Fused:
         """Fuses transformed tokens; `frames` of the visual tokens are [CLS], `key` switches dropout on.
 
-        `wanted`: which tokens of the result are read; all without it.
+        `wanted`: which tokens of the result are read; all without it. `pairing`: the pairs to fuse (`wanted` has a row
+        for each); without it row by row.
         """
+        xy, paired_mask, first = self.add_types(text, image, image_type), text_mask, None
+        if pairing is not None:
+            paired_mask = pairing.text(text_mask)
+            if self.layers.depth > 1:
+                first = partial(CoAttentionLayer.of_pairs, text_mask=text_mask, pairing=pairing)
+            else:  # the only layer is rather computed at the tokens that are wanted
+                xy = pairing.text(xy[0]), pairing.image(xy[1])
 
         def apply(layer: CoAttentionLayer, xy, key, wanted: Wanted | None = None):
             x, y = xy
-            return layer(x, y, text_mask, key, wanted)
+            return layer(x, y, paired_mask, key, wanted)
 
         last = None if wanted is None else partial(apply, wanted=wanted)
-        x, y = self.layers(self.add_types(text, image, image_type), apply, key, last=last)
+        x, y = self.layers(xy, apply, key, first=first, last=last)
         return Fused(x, y, frames)
 
     def cross_attention_maps(

@@ -42,8 +42,11 @@ class PostNormAttention(nnx.Module):
         self.cross = cross
         self.attention_dropout, self.implementation = c.attention_dropout, c.attention
 
-    def project(self, x: Float[Array, "B Q D"], context: Float[Array, "B K D"] | None) -> tuple[Array, Array, Array]:
-        """Queries of `x`, keys and values of `context` (of `x` itself without it)."""
+    def project(self, x: Float[Array, "X Q D"], context: Float[Array, "C K D"] | None) -> tuple[Array, Array, Array]:
+        """Queries of `x`, keys and values of `context` (of `x` itself without it).
+
+        They have as many rows, X = C, unless it is decided later which of them meet.
+        """
         if self.cross:
             (query,), (key, value) = self.query(x), self.key_value(x if context is None else context)
         elif context is None:
@@ -53,8 +56,12 @@ class PostNormAttention(nnx.Module):
         return query, key, value
 
     def __call__(self, x, context, key_mask, key) -> Float[Array, "B Q D"]:
+        return self.read(x, self.project(x, context), key_mask, key)
+
+    def read(self, x, projected: tuple[Array, Array, Array], key_mask, key) -> Float[Array, "B Q D"]:
+        """The same from what `project` gives."""
         attention_key, residual_key = split_key(key, 2)
-        query, keys, values = self.project(x, context)
+        query, keys, values = projected
         update = attend(
             query,
             keys,
@@ -88,11 +95,23 @@ class PostNormLayer(nnx.Module):
         wanted: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """The layer's output at the tokens `wanted` (S of them), at all N without it."""
-        self_key, cross_key, mlp_key = split_key(key, 3)
+        self_key, *other_keys = split_key(key, 3)
         everything = None
         if wanted is not None:
             everything, x = x, gather_tokens(x, wanted)
         x = self.attention(x, everything, mask, self_key)
-        if self.cross:
-            x = self.cross_attention(x, context, context_mask, cross_key)
+        projected = self.cross_attention.project(x, context) if self.cross else None
+        return self.finish(x, projected, context_mask, other_keys)
+
+    def finish(
+        self,
+        x: Float[Array, "B N D"],
+        projected: tuple[Array, Array, Array] | None,
+        context_mask: Bool[Array, "B K"] | None,
+        keys: list,
+    ) -> Float[Array, "B N D"]:
+        """What follows self-attention; `projected` are queries of `x`, keys and values of the other stream, if any."""
+        cross_key, mlp_key = keys
+        if projected is not None:
+            x = self.cross_attention.read(x, projected, context_mask, cross_key)
         return self.mlp_residual(x, self.mlp(x), mlp_key)

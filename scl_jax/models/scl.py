@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder, Wanted, global_tokens
+from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder, Pairing, Wanted, global_tokens
 from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
 from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig, TextEncoder
@@ -74,16 +74,20 @@ class SCL(nnx.Module):
     @jax.named_scope("fusion")
     def fuse(
         self,
-        text: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"],
-        image: Float[Array, "B N D"],
+        text: Float[Array, "T L D"],
+        text_mask: Bool[Array, "T L"],
+        image: Float[Array, "I N D"],
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
         wanted: Wanted | None = None,
+        pairing: Pairing | None = None,
     ) -> Fused:
-        """Fuses encoded texts with encoded images or clips of `frames` frames; `wanted` says which tokens are read."""
-        return self.fusion(text, text_mask, image, frames, key, image_type, wanted)
+        """Fuses encoded texts with encoded images or clips of `frames` frames.
+
+        `wanted` says which tokens are read, `pairing` which texts and images meet; without it row by row.
+        """
+        return self.fusion(text, text_mask, image, frames, key, image_type, wanted, pairing)
 
     def joint(
         self,

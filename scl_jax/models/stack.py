@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ class Stack(nnx.Module):
         apply: Callable,
         key: Key[Array, ""] | None = None,
         return_layers: bool = False,
+        first: Callable | None = None,
         last: Callable | None = None,
     ) -> Any:
         """Runs `x = apply(layer, x, key)` for each layer; also returns every layer's output if asked to.
@@ -51,7 +53,8 @@ class Stack(nnx.Module):
         Args:
             x: a pytree of arrays, the same structure before and after a layer.
             apply: called with the layer, the state and that layer's dropout key (None without `key`).
-            return_layers: also give the outputs of all layers, stacked on a leading axis; not together with `last`.
+            return_layers: also give the outputs of all layers, stacked on a leading axis; not with `first` or `last`.
+            first: called instead of `apply` for the first layer, whose input may have other shapes.
             last: called instead of `apply` for the last layer, whose output may have other shapes.
         """
         graph, parameters = nnx.split(self.each)
@@ -71,22 +74,32 @@ class Stack(nnx.Module):
             return y, (y if return_layers else None)
 
         x = split_batch(x)
-        if last is None:
-            x, layers = jax.lax.scan(with_remat(body), x, (parameters, keys), unroll=self.unroll)
-            return (x, layers) if return_layers else x
-        first, final = split_last((parameters, keys), self.depth)
-        x, _ = jax.lax.scan(with_remat(body), x, first, unroll=self.unroll)
-        return with_remat(partial(run, last))(x, final)
+        head, middle, tail = split_ends((parameters, keys), self.depth, first is not None, last is not None)
+        if first is not None:
+            x = with_remat(partial(run, first))(x, head)
+        x, layers = jax.lax.scan(with_remat(body), x, middle, unroll=self.unroll)
+        if last is not None:
+            x = with_remat(partial(run, last))(x, tail)
+        return (x, layers) if return_layers else x
 
 
-def split_last(tree: Any, depth: int) -> tuple[Any, Any]:
-    """Leaves (depth, …) → (depth - 1, …) and (…); their gradients are put together by one concatenation."""
+def split_ends(tree: Any, depth: int, first: bool, last: bool) -> tuple[Any, Any, Any]:
+    """Leaves (depth, …) → (…) of the first layer if asked for, (layers, …) of the middle, (…) of the last likewise.
 
-    def split(x: Array) -> tuple[Array, Array]:
+    Gradients of the parts are put together by one concatenation.
+    """
+    sizes = [1] * first + [depth - first - last] + [1] * last
+
+    def split(x: Array) -> Sequence[Array]:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x[:-1], x[-1]
-        front, back = jax.lax.split(x, (depth - 1, 1))
-        return front, back[0]
+            return jnp.split(x, list(accumulate(sizes))[:-1])
+        return jax.lax.split(x, sizes)
 
-    pairs = jax.tree.map(split, tree)
-    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], tree, pairs) for i in range(2))
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [split(x) for x in leaves]
+
+    def layer(place: int) -> Any:
+        return structure.unflatten([part[place][0] for part in parts])
+
+    middle = structure.unflatten([part[int(first)] for part in parts])
+    return layer(0) if first else None, middle, layer(-1) if last else None

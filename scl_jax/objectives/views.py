@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.fusion import Fused, Wanted, global_tokens
+from scl_jax.models.fusion import Fused, Pairing, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
@@ -51,6 +51,9 @@ PAIRS_OF = {
     "local_text": ("dropped", "completion"),
 }
 SAME_SHAPE_PAIRS = ("matching", "language", "replaced", "completion")  # (full-size image, text); "dropped" is shorter
+# of what views they are made
+TEXTS_OF = {"matching": ("full",), "language": ("language",), "replaced": ("full",), "completion": ("completion",)}
+IMAGES_OF = {"matching": ("full", "false"), "language": ("full",), "replaced": ("replaced",), "completion": ("full",)}
 
 
 def pairs_needed(active: Collection[str]) -> tuple[str, ...]:
@@ -313,7 +316,7 @@ def encode_views(
     return Views(images, texts, batch.pixels.shape[1])
 
 
-def take_partner(x: Float[Array, "B N D"], partner: Int[Array, " B"], group_size: int) -> Float[Array, "B N D"]:
+def take_partner(x: Float[Array, "B ..."], partner: Int[Array, " B"], group_size: int) -> Float[Array, "B ..."]:
     """Rows of `x` by index within each group; nothing crosses groups."""
     groups, size = group_shape(partner.shape[0], group_size)
     grouped = x.reshape(groups, size, *x.shape[1:])
@@ -339,6 +342,26 @@ def wanted_tokens(masks: Masks, pairs: Collection[str], frames: int) -> dict[str
     }
 
 
+def pair_up(pairs: list[str], texts: list[str], images: list[str], masks: Masks, group_size: int) -> Pairing:
+    """From interleaved views of the names `texts` and `images` to the interleaved `pairs`, all of one shape."""
+
+    def text_rows(x: Array) -> Array:
+        views = dict(zip(texts, separate(x, len(texts)), strict=True))
+        return interleave([views[TEXTS_OF[pair][0]] for pair in pairs])
+
+    def other_image(views: dict[str, Array]) -> Array:
+        if "false" not in views:
+            return take_partner(views["full"], masks.partner, group_size)
+        is_pair = masks.is_pair.reshape(-1, *[1] * (views["full"].ndim - 1))
+        return jnp.where(is_pair, views["full"], views["false"])
+
+    def image_rows(x: Array) -> Array:
+        views = dict(zip(images, separate(x, len(images)), strict=True))
+        return interleave([other_image(views) if pair == "matching" else views[IMAGES_OF[pair][0]] for pair in pairs])
+
+    return Pairing(text_rows, image_rows)
+
+
 def fuse_pairs(
     model: SCL,
     batch: Batch,
@@ -350,26 +373,21 @@ def fuse_pairs(
 ) -> dict[str, Fused]:
     """Fuses the named `pairs` of encoded views; `key` switches dropout on. Each has its `wanted_tokens`, no others."""
     same_key, dropped_key = split_key(key, 2)
-    full = views.images["full"]
     names = [name for name in SAME_SHAPE_PAIRS if name in pairs]
-    image_of = {"language": full, "completion": full, "replaced": views.images.get("replaced")}
-    if "matching" in pairs:
-        if "false" in views.images:
-            image_of["matching"] = jnp.where(masks.is_pair[:, None, None], full, views.images["false"])
-        else:
-            image_of["matching"] = take_partner(full, masks.partner, group_size)
-    text_of = {"matching": "full", "language": "language", "replaced": "full", "completion": "completion"}
     wanted = wanted_tokens(masks, pairs, views.frames)
     fused = {}
     if names:
-        texts, images = ([getattr(wanted[name], kind) for name in names] for kind in ("text", "image"))
+        texts = [view for view in views.texts if any(view in TEXTS_OF[pair] for pair in names)]
+        images = [view for view in views.images if any(view in IMAGES_OF[pair] for pair in names)]
+        wanted_texts, wanted_images = ([getattr(wanted[n], kind) for n in names] for kind in ("text", "image"))
         result = model.fuse(
-            interleave([views.texts[text_of[name]] for name in names]),
-            interleave([batch.token_mask] * len(names)),
-            interleave([image_of[name] for name in names]),
+            interleave([views.texts[name] for name in texts]),
+            interleave([batch.token_mask] * len(texts)),
+            interleave([views.images[name] for name in images]),
             views.frames,
             same_key,
-            wanted=Wanted(interleave(same_length(texts)), interleave(same_length(images))),
+            wanted=Wanted(interleave(same_length(wanted_texts)), interleave(same_length(wanted_images))),
+            pairing=pair_up(names, texts, images, masks, group_size),
         )
         for name, text, image in zip(
             names, separate(result.text, len(names)), separate(result.image, len(names)), strict=True

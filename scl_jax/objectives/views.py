@@ -5,9 +5,9 @@
     pairs    matching (full or other, full) · language (full, language-masked) · dropped (dropped, full)
              · replaced (replaced, full) · completion (full, completion-masked)
 
-`draw_masks` decides everything random, `encode_views` runs the encoders, `fuse_pairs` the fusion encoder. Passes of
-one shape go through a network together, stacked next to each other sample by sample: (B, V, …) → (B·V, …) keeps a
-sample on its device.
+`draw_masks` decides everything random, `encode_views` runs the encoders, `fuse_pairs` the fusion encoder, whose first
+layer makes pairs of the views (`pair_up`). Passes of one shape go through a network together, stacked next to each
+other sample by sample: (B, V, …) → (B·V, …) keeps a sample on its device.
 
 Axes: B batch, F frames, P patches of a frame, L text tokens, N visual tokens, D width, S kept patches, R replaced
 patches, M language slots, T completion slots, V views that share a pass.

@@ -17,7 +17,7 @@ from flax import nnx
 from golden_case import GOLDEN
 
 from scl_jax.models import parameters
-from scl_jax.models.fusion import FusionConfig, Wanted
+from scl_jax.models.fusion import FusionConfig, Pairing, Wanted
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig, class_tokens_first, resize_positions
@@ -258,6 +258,26 @@ def test_wanted_tokens_are_those_of_the_whole_last_layer(remat):
     fuse = jax.jit(lambda wanted: dataclasses.astuple(model(remat).fuse(words, mask, image, FRAMES, wanted=wanted))[:2])
     for some, every, slots in zip(fuse(wanted), fuse(None), (wanted.text, wanted.image), strict=True):
         np.testing.assert_allclose(some, jnp.take_along_axis(every, slots[..., None], axis=1), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("remat", "depth"), [("none", 1), ("none", 2), ("full", 2)])
+def test_pairs_made_in_the_first_layer_are_those_fused_row_by_row(remat, depth):
+    ids, mask = text()
+    words, images = encode_text(ids, mask), random(3, FRAMES + FRAMES * PATCHES, D)
+    texts_of, images_of = jnp.asarray([0, 1, 1, 0]), jnp.asarray([2, 0, 2, 2])  # image 1 is in no pair
+    pairing = Pairing(lambda x: x[texts_of], lambda x: x[images_of])
+    wanted = Wanted(jnp.asarray([[0, 3], [0, 1], [2, 0], [0, 7]]), jnp.asarray([[0], [5], [9], [2]]))
+
+    def fuse(*arguments, pairing=None):
+        network = model(remat)
+        network.fusion.layers.depth = depth
+        nnx.update(network.fusion.layers.each, jax.tree.map(lambda x: x[:depth], nnx.state(network.fusion.layers.each)))
+        for some in (None, wanted):
+            yield dataclasses.astuple(network.fuse(*arguments, FRAMES, wanted=some, pairing=pairing))[:2]
+
+    paired = jax.jit(lambda: tuple(fuse(words, mask, images, pairing=pairing)))()
+    row_by_row = jax.jit(lambda: tuple(fuse(words[texts_of], mask[texts_of], images[images_of])))()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), paired, row_by_row)
 
 
 def test_attention_maps_are_shares_of_the_image():

@@ -44,7 +44,7 @@ def network():
     config = SCLConfig(
         vision=VisionConfig(**sizes, patch_size=8, image_size=PIXELS, max_frames=FRAMES),
         text=TextConfig(**sizes, vocab_size=VOCAB, max_positions=L + 2),
-        fusion=FusionConfig(**sizes),
+        fusion=FusionConfig(**sizes | {"layers": 2}),  # the first of which makes pairs of the views
         projection_width=8,
         precision=Precision(jnp.float64, jnp.float64),
     )

@@ -64,10 +64,10 @@ class Stack(nnx.Module):
             layer_parameters, layer_key = xs
             return split_batch(apply(nnx.merge(graph, layer_parameters), x, layer_key))
 
-        def with_remat(function: Callable) -> Callable:
+        def with_remat(function: Callable, prevent_cse: bool = False) -> Callable:
             if self.remat == "none":
                 return function
-            return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
 
         def body(carry, xs):
             y = run(apply, carry, xs)
@@ -76,7 +76,8 @@ class Stack(nnx.Module):
         x = split_batch(x)
         head, middle, tail = split_ends((parameters, keys), self.depth, first is not None, last is not None)
         if first is not None:
-            x = with_remat(partial(run, first))(x, head)
+            # outside of a loop XLA would find its second computation to be the first, and keep all that it gave
+            x = with_remat(partial(run, first), prevent_cse=True)(x, head)
         x, layers = jax.lax.scan(with_remat(body), x, middle, unroll=self.unroll)
         if last is not None:
             x = with_remat(partial(run, last))(x, tail)

@@ -80,6 +80,9 @@ Memory is that of one chip: arguments (parameters, optimizer state, batch), temp
 program's code, against what a program may use. FLOPs are those of a chip in one step, of matrix products, recomputation
 included: of the compiled program, and of the program as written divided by the chips; where the first is larger,
 chips do the same work twice. Collectives are the bytes that a chip sends in one step if rings carry them.
+
+A row is as old as its record: where FLOPs as written differ for as many samples a chip of one config, the code has
+changed in between.
 """
 
 

@@ -9,8 +9,8 @@
     results.json      the final evaluation
 
 Names: `loss/<objective>` and `loss/total`, `accuracy/<objective>`, `learning_rate`, `speed/examples_per_second`,
-`speed/data_wait` and `speed/mfu` (shares from 0 to 1), `skipped_updates` (how many since the last
-line). A stream may come between: `loss/videos/contrastive`.
+`speed/data_wait` (share of the time, 0 to 1, that the device waited for a batch, at most) and `speed/mfu`,
+`skipped_updates` (how many since the last line). A stream may come between: `loss/videos/contrastive`.
 Evaluations keep the names of results.json: `matching/accuracy`, `retrieval/text_to_image/recall@1`.
 """
 

@@ -4,7 +4,7 @@ Both processes make the same network and batch, compile and warm up; then single
 the machine does hits both alike. Prints medians, the ratio, and the peak memory of each process (CPU) or device (GPU).
 
     python benchmarks/compare.py --config=configs/pretrain_image.py --batch=2 --dtype=float32 --threads=2 --repeats=3
-    python benchmarks/compare.py --config=configs/pretrain_video.py --stream=videos --batch=1 --dtype=float32
+    python benchmarks/compare.py --config=configs/pretrain_video.py --stream=videos --batch=1 --one_at_a_time --rounds=2
     python benchmarks/compare.py --debug --batch=4 --sides ours torch torch_compiled        # seconds, toy size
 """
 
@@ -43,7 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--sides", nargs="+", default=["ours", "torch"], choices=SIDES)
-    parser.add_argument("--one_at_a_time", action="store_true", help="one after the other, for large batches on a GPU")
+    parser.add_argument("--one_at_a_time", action="store_true", help="one after the other, for large batches")
+    parser.add_argument("--rounds", type=int, default=1, help="with new processes: sides one at a time alternate")
     parser.add_argument("--debug", action="store_true", help="a tiny network")
     parser.add_argument("--json", default="")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
@@ -170,36 +171,54 @@ class Side:
         result = self.ask("run")
         self.seconds.append(result["seconds"])
 
-    def end(self, batch: int) -> dict[str, Any]:
-        """Ends the process; its results."""
+    def end(self) -> dict[str, Any]:
+        """Ends the process; what it measured."""
         peak = self.ask("end")["peak_bytes"]
         self.process.wait()
-        median = statistics.median(self.seconds)
-        return {
-            "seconds": self.seconds,
-            "median_seconds": median,
-            "samples_per_second": batch / median,
-            "peak_bytes": peak,
-            "ready_seconds": self.ready_seconds,
-        }
+        return {"seconds": self.seconds, "peak_bytes": peak, "ready_seconds": self.ready_seconds}
+
+
+def run_round(names: Sequence[str], options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """Steps of these sides in turn, side by side in memory; one that fails has "error" instead."""
+    results: dict[str, Any] = {}
+    sides = []
+    for name in names:
+        try:
+            sides.append(Side(name, argv, options.device))
+        except RuntimeError as error:
+            results[name] = {"error": str(error)}
+    for _ in range(options.repeats):
+        for side in sides:
+            side.step()
+    return results | {side.name: side.end() for side in sides}
+
+
+def summarize(rounds: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
+    """One side's result of all rounds: every step's seconds and their median, the highest memory."""
+    failed = [r for r in rounds if "error" in r]
+    if failed:
+        return failed[0]
+    seconds = [s for r in rounds for s in r["seconds"]]
+    median = statistics.median(seconds)
+    return {
+        "seconds": seconds,
+        "median_seconds": median,
+        "samples_per_second": batch / median,
+        "peak_bytes": max(r["peak_bytes"] for r in rounds),
+        "ready_seconds": rounds[0]["ready_seconds"],
+    }
 
 
 def compare(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Results of every side; one that fails has "error" instead."""
-    results: dict[str, Any] = {}
+    """Results of every side."""
     groups = [[name] for name in options.sides] if options.one_at_a_time else [options.sides]
-    for names in groups:
-        sides = []
-        for name in names:
-            try:
-                sides.append(Side(name, argv, options.device))
-            except RuntimeError as error:
-                results[name] = {"error": str(error)}
-        for _ in range(options.repeats):
-            for side in sides:
-                side.step()
-        results |= {side.name: side.end(options.batch) for side in sides}
-    return results
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.sides}
+    for _ in range(options.rounds):
+        for names in groups:
+            for name, result in run_round(names, options, argv).items():
+                rounds[name].append(result)
+                print(f"{name}: {result}", flush=True)  # stays where a later side takes too long
+    return {name: summarize(results, options.batch) for name, results in rounds.items()}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,9 +52,11 @@ for stream in images videos; do
   batches=$image_batches
   [[ $stream == videos ]] && batches=$video_batches
   for batch in $batches; do
-    sides=(ours torch)
-    [[ $batch == 128 || $batch == 64 || ${TOY:-} ]] && sides+=(torch_compiled) # compiling takes PyTorch longest: once a stream
-    part "compare_${stream}_$batch" 80 "$python" benchmarks/compare.py --config="configs/pretrain_${stream%s}.py" \
+    sides=(ours torch) limit=80
+    if [[ $batch == 128 || $batch == 64 || ${TOY:-} ]]; then # compiling takes PyTorch longest: once a stream
+      sides+=(torch_compiled) limit=180
+    fi
+    part "compare_${stream}_$batch" "$limit" "$python" benchmarks/compare.py --config="configs/pretrain_${stream%s}.py" \
       --stream="$stream" --batch="$batch" --dtype="$dtype" --device="$device" --threads=16 --repeats="$repeats" \
       --sides "${sides[@]}" --one_at_a_time "${toy[@]}" --json="$out/compare_${stream}_$batch.json"
   done

@@ -7,7 +7,7 @@
 #   TOY=1 bash benchmarks/gpu.sh OUT      the same at toy size on a CPU, to see that it runs; SLACK=5 DEADLINE=3000 on a busy one
 # Needs the environment of requirements.txt with JAX and PyTorch for the GPU; PYTHON names its interpreter.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${1:?the folder for results}
 python=${PYTHON:-python}
 mkdir -p "$out"
@@ -17,11 +17,11 @@ export PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:
 if [[ ${TOY:-} ]]; then
   export JAX_PLATFORMS=cpu test_platforms=cpu
   export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" # compiles sooner
-  device=cpu dtype=float32 image_batches="4" video_batches="4" step_batch=4 items=16 repeats=2 seconds=0.2
+  device=cpu dtype=float32 image_batches="4" video_batches="4" step_batch=4 items=16 repeats=2 seconds=0.2 compile_limit=250
   toy=(--debug) config_toy=(--config.debug=true) tests=(--collect-only)
 else
   export JAX_PLATFORMS=cuda test_platforms=cuda,cpu
-  device=cuda dtype=bfloat16 image_batches="128 16 512" video_batches="64 16" step_batch=128 items=2000 repeats=5 seconds=0.5
+  device=cuda dtype=bfloat16 image_batches="128 16 512" video_batches="64 16" step_batch=128 items=2000 repeats=5 seconds=0.5 compile_limit=120
   toy=() config_toy=() tests=()
 fi
 model=(--config.model.dtype="$dtype" --config.model.remat=none "${config_toy[@]}")
@@ -48,19 +48,19 @@ part step_without_attention_dropout 75 "$python" -m scl_jax.benchmark step --con
   --batch="$step_batch" --repeats="$repeats" "${model[@]}" --config.model.attention_dropout=0.0 --json="$out/step_no_dropout.json"
 part gpu_tests 75 env JAX_PLATFORMS="$test_platforms" "$python" -m pytest -q -m gpu "${tests[@]}"
 
-for stream in images videos; do
-  batches=$image_batches
-  [[ $stream == videos ]] && batches=$video_batches
-  for batch in $batches; do
-    sides=(ours torch) limit=80
-    if [[ $batch == 128 || $batch == 64 || ${TOY:-} ]]; then # compiling takes PyTorch longest: once a stream
-      sides+=(torch_compiled) limit=180
-    fi
-    part "compare_${stream}_$batch" "$limit" "$python" benchmarks/compare.py --config="configs/pretrain_${stream%s}.py" \
-      --stream="$stream" --batch="$batch" --dtype="$dtype" --device="$device" --threads=16 --repeats="$repeats" \
-      --sides "${sides[@]}" --one_at_a_time "${toy[@]}" --json="$out/compare_${stream}_$batch.json"
-  done
-done
+compare() { # compare NAME LIMIT STREAM BATCH SIDES...
+  local name=$1 limit=$2 stream=$3 batch=$4
+  shift 4
+  part "${name}_${stream}_$batch" "$limit" "$python" benchmarks/compare.py --config="configs/pretrain_${stream%s}.py" \
+    --stream="$stream" --batch="$batch" --dtype="$dtype" --device="$device" --threads=16 --repeats="$repeats" \
+    --sides "$@" --one_at_a_time "${toy[@]}" --json="$out/${name}_${stream}_$batch.json"
+}
+
+for batch in $image_batches; do compare compare 80 images "$batch" ours torch; done
+for batch in $video_batches; do compare compare 80 videos "$batch" ours torch; done
 part input 30 "$python" -m scl_jax.benchmark input --seconds="$seconds" --json="$out/input.json"
 part retrieval 60 "$python" -m scl_jax.benchmark retrieval --items="$items" --batch="$step_batch" "${model[@]}" --json="$out/retrieval.json"
+# compiling takes PyTorch longest, so that it comes last, once a stream; ours at the same batch stands above
+compare compiled "$compile_limit" images "${image_batches%% *}" torch_compiled
+compare compiled "$compile_limit" videos "${video_batches%% *}" torch_compiled
 echo "whole script: $SECONDS s" | tee -a "$out/summary.txt"

@@ -5,7 +5,7 @@ the machine does hits both alike. Prints medians, the ratio, and the peak memory
 
     python benchmarks/compare.py --config=configs/pretrain_image.py --batch=2 --dtype=float32 --threads=2 --repeats=3
     python benchmarks/compare.py --config=configs/pretrain_video.py --stream=videos --batch=1 --one_at_a_time --rounds=2
-    python benchmarks/compare.py --debug --batch=4 --sides ours torch torch_compiled        # seconds, toy size
+    python benchmarks/compare.py --debug --batch=4      # toy size; torch_compiled takes minutes to compile on a CPU
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ export PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:
 if [[ ${TOY:-} ]]; then
   export JAX_PLATFORMS=cpu test_platforms=cpu
   export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" # compiles sooner
-  device=cpu dtype=float32 image_batches="4" video_batches="4" step_batch=4 items=16 repeats=2 seconds=0.2 compile_limit=250
+  device=cpu dtype=float32 image_batches="4" video_batches="4" step_batch=4 items=16 repeats=2 seconds=0.2
+  compile_limit=250 # not enough on 2 cores, even at this size
   toy=(--debug) config_toy=(--config.debug=true) tests=(--collect-only)
 else
   export JAX_PLATFORMS=cuda test_platforms=cuda,cpu
-  device=cuda dtype=bfloat16 image_batches="128 16 512" video_batches="64 16" step_batch=128 items=2000 repeats=5 seconds=0.5 compile_limit=120
+  device=cuda dtype=bfloat16 image_batches="128 16 512" video_batches="64 16" step_batch=128 items=2000 repeats=5 seconds=0.5
+  compile_limit=120
   toy=() config_toy=() tests=()
 fi
 model=(--config.model.dtype="$dtype" --config.model.remat=none "${config_toy[@]}")
@@ -48,7 +50,7 @@ part step_without_attention_dropout 75 "$python" -m scl_jax.benchmark step --con
   --batch="$step_batch" --repeats="$repeats" "${model[@]}" --config.model.attention_dropout=0.0 --json="$out/step_no_dropout.json"
 part gpu_tests 75 env JAX_PLATFORMS="$test_platforms" "$python" -m pytest -q -m gpu "${tests[@]}"
 
-compare() { # compare NAME LIMIT STREAM BATCH SIDES...
+against_pytorch() { # against_pytorch NAME LIMIT STREAM BATCH SIDES...
   local name=$1 limit=$2 stream=$3 batch=$4
   shift 4
   part "${name}_${stream}_$batch" "$limit" "$python" benchmarks/compare.py --config="configs/pretrain_${stream%s}.py" \
@@ -56,11 +58,11 @@ compare() { # compare NAME LIMIT STREAM BATCH SIDES...
     --sides "$@" --one_at_a_time "${toy[@]}" --json="$out/${name}_${stream}_$batch.json"
 }
 
-for batch in $image_batches; do compare compare 80 images "$batch" ours torch; done
-for batch in $video_batches; do compare compare 80 videos "$batch" ours torch; done
+for batch in $image_batches; do against_pytorch compare 80 images "$batch" ours torch; done
+for batch in $video_batches; do against_pytorch compare 80 videos "$batch" ours torch; done
 part input 30 "$python" -m scl_jax.benchmark input --seconds="$seconds" --json="$out/input.json"
 part retrieval 60 "$python" -m scl_jax.benchmark retrieval --items="$items" --batch="$step_batch" "${model[@]}" --json="$out/retrieval.json"
 # compiling takes PyTorch longest, so that it comes last, once a stream; ours at the same batch stands above
-compare compiled "$compile_limit" images "${image_batches%% *}" torch_compiled
-compare compiled "$compile_limit" videos "${video_batches%% *}" torch_compiled
+against_pytorch compiled "$compile_limit" images "${image_batches%% *}" torch_compiled
+against_pytorch compiled "$compile_limit" videos "${video_batches%% *}" torch_compiled
 echo "whole script: $SECONDS s" | tee -a "$out/summary.txt"

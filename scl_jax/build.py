@@ -36,7 +36,7 @@ from scl_jax.training.step import make_step
 def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
     """Sizes and types of the network."""
     m = config.model
-    shared = {"remat": m.remat, "unroll": m.unroll, "attention": attention(config)}
+    shared = {"remat": m.remat, "unroll": unroll(config), "attention": attention(config)}
     rates = {"dropout": m.dropout, "attention_dropout": m.attention_dropout}
     return SCLConfig(
         vision=VisionConfig(**m.vision, **shared),
@@ -44,18 +44,46 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
         fusion=FusionConfig(**m.fusion, **shared, **rates, token_types=3 if config.task == "nlvr2" else 2),
         projection_width=m.projection_width,
         initial_temperature=m.initial_temperature,
-        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range),
+        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range, attention(config) == "fused"),
         heads=HEADS[config.task],
         answers=m.answers,
     )
 
 
 def attention(config: ConfigDict) -> str:
-    """How attention is computed, "xla" or "cudnn": "auto" takes cuDNN's kernels on a GPU in bfloat16."""
+    """How attention is computed, "xla", "cudnn" or "fused": "auto" takes fused kernels on a GPU in bfloat16."""
     if config.model.attention != "auto":
         return config.model.attention
     on_gpu = jax.default_backend() == "gpu"
-    return "cudnn" if on_gpu and config.model.dtype == "bfloat16" else "xla"
+    return "fused" if on_gpu and config.model.dtype == "bfloat16" else "xla"
+
+
+def unroll(config: ConfigDict) -> int:
+    """Layers a turn of the loops over layers; 0 takes all of them on a GPU, one elsewhere.
+
+    A loop writes all that the backward pass needs into stacks, and reads it back. Where `model.remat` leaves little to
+    stack, the loop stays, which compiles sooner.
+    """
+    m = config.model
+    if m.unroll:
+        return m.unroll
+    on_gpu = jax.default_backend() == "gpu"
+    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and m.remat == "none" else 1
+
+
+# What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not
+# joined, since joining copies the large ones. Numbers are rounded where the types say so, not kept in float32 and
+# written twice. Products are cuBLAS's: trying dozens of Triton's for each makes compilation take minutes.
+GPU_OPTIONS = {
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_allow_excess_precision": False,
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Options of XLA for the devices of a mesh; they go before XLA_FLAGS."""
+    return GPU_OPTIONS if mesh.devices.flat[0].platform in ("gpu", "cuda") else None
 
 
 def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:
@@ -163,4 +191,5 @@ def train_step(
         donate_argnums=0,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
+        compiler_options=compiler_options(mesh),
     )

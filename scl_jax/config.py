@@ -70,9 +70,10 @@ def _model() -> ConfigDict:
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
-            # auto | xla | cudnn: fused kernels for GPUs, in bfloat16, where there is no attention dropout
+            # auto | xla | fused | cudnn: the last two are kernels for GPUs, in bfloat16; cuDNN's know no dropout
             "attention": "auto",
-            "unroll": 1,  # layers that a turn of the loop over layers holds: faster steps, longer compilation
+            # layers that a turn of the loop over layers holds: faster steps, longer compilation; 0: all on GPUs, else 1
+            "unroll": 0,
         }
     )
 

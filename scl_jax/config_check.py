@@ -70,7 +70,8 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
         f"model.vision.image_size {m.vision.image_size} does not divide by patch_size {m.vision.patch_size}",
     )
     half = m.dtype == "bfloat16"
-    yield from _unless(half or m.attention != "cudnn", f"model.attention=cudnn needs bfloat16, not {m.dtype}")
+    kernels = m.attention in ("cudnn", "fused")
+    yield from _unless(half or not kernels, f"model.attention={m.attention} needs bfloat16, not {m.dtype}")
     yield from _unless(
         vocab_size <= m.text.vocab_size,
         f"model.text.vocab_size is {m.text.vocab_size}, but the tokenizer has {vocab_size} tokens; "

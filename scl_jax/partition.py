@@ -44,11 +44,25 @@ def whole(x: jax.Array) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
+def by_sample(function: Callable, *arrays: jax.Array) -> Any:
+    """`function(*arrays)`, which treats every sample alone, on each device for the samples that it holds.
+
+    For kernels that the partitioner cannot look into. Without a mesh in force of several devices it is a mere call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    rows = PartitionSpec(_axes(arrays[0].shape[0], mesh))
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
 def _split(x: jax.Array, mesh: Any) -> jax.Array:
-    for axes in (BATCH_AXES, BATCH_AXES[:1], ()):
-        if x.shape[0] % _size(mesh, axes) == 0:
-            return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
-    raise AssertionError("any number divides by the empty product")
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_axes(x.shape[0], mesh)))
+
+
+def _axes(rows: int, mesh: Any) -> tuple[str, ...]:
+    """The axes that so many rows are split over."""
+    return next(axes for axes in (BATCH_AXES, BATCH_AXES[:1], ()) if rows % _size(mesh, axes) == 0)
 
 
 def _size(mesh: Any, axes: tuple[str, ...]) -> int:

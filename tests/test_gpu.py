@@ -51,27 +51,37 @@ def test_losses_are_those_of_a_cpu(stream):
         np.testing.assert_allclose(gpu[name], value, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys", "real"),
-    [(325, 325, (325, 325)), (196, 197, (197, 197)), (325, 50, (50, 7)), (50, 325, (325, 325)), (49, 49, (49, 1))],
-)
-def test_cudnn_attention_is_plain_attention_to_the_digits_of_bfloat16(queries, keys, real):
+SHAPES = [(325, 325, (325, 325)), (196, 197, (197, 197)), (325, 50, (50, 7)), (50, 325, (325, 325)), (49, 49, (49, 1))]
+
+
+def attention_and_gradients(implementation: str, queries: int, keys: int, real, **options):
     rng = np.random.default_rng(0)
     shapes = [(2, n, 12, 64) for n in (queries, keys, keys, queries)]
     *inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
     mask = jnp.arange(keys) < jnp.array(real)[:, None]
 
-    def run(implementation: str):
-        def loss(query, key, value):
-            y = attend(query, key, value, mask, implementation=implementation)
-            return jnp.sum((y * weight).astype(jnp.float32)), y
+    def loss(query, key, value):
+        y = attend(query, key, value, mask, implementation=implementation, **options)
+        return jnp.sum((y * weight).astype(jnp.float32)), y
 
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+    gradient, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+    return [np.asarray(x.astype(jnp.float32)) for x in (*gradient, y)]
 
-    (gradient, y), (expected_gradient, expected) = run("cudnn"), run("xla")
-    for ours, plain in zip((*gradient, y), (*expected_gradient, expected), strict=True):
-        scale = float(jnp.abs(plain.astype(jnp.float32)).max())
-        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02 * scale)
+
+@pytest.mark.parametrize(("queries", "keys", "real"), SHAPES)
+def test_cudnn_attention_is_plain_attention_to_the_digits_of_bfloat16(queries, keys, real):
+    results = [attention_and_gradients(name, queries, keys, real) for name in ("cudnn", "xla")]
+    for ours, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=0.02 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize(("queries", "keys", "real"), SHAPES)
+def test_the_attention_kernel_drops_the_same_weights_as_plain_attention(queries, keys, real, rate):
+    options = {"dropout_rate": rate, "dropout_key": jax.random.key(3)}
+    results = [attention_and_gradients(name, queries, keys, real, **options) for name in ("fused", "xla")]
+    for ours, plain in zip(*results, strict=True):
+        assert np.linalg.norm(ours - plain) < 6e-3 * np.linalg.norm(plain)  # one other mask of 10 %: 0.3
 
 
 def test_a_step_in_bfloat16_has_finite_losses():

@@ -1,4 +1,4 @@
-"""Attention: projections to heads, the plain way that runs anywhere, and cuDNN's fused kernels on GPUs.
+"""Attention: projections to heads, the plain way that runs anywhere, and fused kernels on GPUs.
 
 Axes: B batch, Q queries, K keys, H heads, d width of a head, D = H·d.
 """
@@ -15,10 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from scl_jax.models.dropout import dropout
-from scl_jax.models.layers import Precision
+from scl_jax.models.flash_attention import HEAD_WIDTHS, flash_attention
+from scl_jax.models.layers import Precision, add_bias
 from scl_jax.partition import tensor_parallel
-
-IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 def attention_logits(
@@ -56,12 +55,16 @@ def attend(
     """Multi-head scaled dot-product attention.
 
     Args:
-        key_mask: which keys count; real keys first, then padding (only "cudnn" relies on the order).
-        implementation: "xla" or "cudnn" (GPU, bfloat16 or float16). cuDNN's kernels draw dropout from a seed that is
-            fixed at compilation, so with dropout the plain way is taken.
+        key_mask: which keys count; real keys first, then padding (only the kernels rely on the order).
+        implementation: "xla", or on a GPU in bfloat16 "fused" (our kernel, models/flash_attention.py) or "cudnn".
+            cuDNN's kernels draw dropout from a seed that is fixed at compilation, ours know heads of the widths
+            `HEAD_WIDTHS` that lie on one device; for the rest the plain way is taken.
     """
-    if implementation == "cudnn" and (dropout_key is None or dropout_rate == 0.0):
-        return fused_attention(query, key, value, key_mask, "cudnn")
+    dropping = dropout_key is not None and dropout_rate > 0.0
+    if implementation == "fused" and query.shape[-1] in HEAD_WIDTHS and not tensor_parallel():
+        return flash_attention(query, key, value, key_mask, dropout_rate if dropping else 0.0, dropout_key)
+    if implementation == "cudnn" and not dropping:
+        return cudnn_attention(query, key, value, key_mask, "cudnn")
     return plain_attention(dropout_rate, query, key, value, key_mask, dropout_key)
 
 
@@ -118,7 +121,7 @@ def plain_attention_backward(dropout_rate, kept, gradient):
 plain_attention.defvjp(plain_attention_forward, plain_attention_backward)
 
 
-def fused_attention(
+def cudnn_attention(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K H d"],
     value: Float[Array, "B K H d"],
@@ -152,9 +155,22 @@ def even_length(x: Float[Array, "B N H d"]) -> Float[Array, "B M H d"]:
 
 
 class Projection(nnx.LinearGeneral):
-    """Linear maps from width D to `parts` × H heads × d, as one matrix product (fused q/k/v)."""
+    """Linear maps from width D to `parts` × H heads × d, as one matrix product (fused q/k/v).
 
-    def __init__(self, width: int, parts: int, heads: int, init: Callable, precision: Precision, rngs: nnx.Rngs):
+    For kernels, which take whole arrays, as one product a part: cutting the result, and joining the gradients, would
+    copy both.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        parts: int,
+        heads: int,
+        init: Callable,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        implementation: str = "xla",
+    ):
         super().__init__(
             width,
             (parts, heads, width // heads),
@@ -164,6 +180,8 @@ class Projection(nnx.LinearGeneral):
             rngs=rngs,
         )
         self.parts, self.heads = parts, heads
+        self.width = width
+        self.apart = implementation == "fused"
 
     def weights(self) -> tuple[Array, Array]:
         """Kernel and bias."""
@@ -175,14 +193,20 @@ class Projection(nnx.LinearGeneral):
         self, x: Float[Array, "... D"], first: int = 0, last: int | None = None
     ) -> tuple[Float[Array, "... H d"], ...]:
         """The parts `first` to `last` (without it), all by default."""
-        kernel, bias = (p[..., first:last, :, :].astype(self.dtype) for p in self.weights())
+        kernel, bias = (p[..., first:last, :, :] for p in self.weights())
+        kernel = kernel.astype(self.dtype)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)  # see `Linear`
+        parts, *head = bias.shape
         if tensor_parallel():  # heads lie on different devices, so their axis stays
-            y = jnp.einsum("ri,iphd->rphd", rows, kernel)
+            y = add_bias(jnp.einsum("ri,iphd->rphd", rows, kernel), bias)
+        elif self.apart:
+            products = [rows @ kernel[:, part].reshape(-1, self.width) for part in range(parts)]
+            results = [add_bias(y, bias[part].reshape(-1)) for part, y in enumerate(products)]
+            return tuple(y.reshape(*x.shape[:-1], *head) for y in results)
         else:
-            y = rows @ kernel.reshape(kernel.shape[0], -1)
-        y = y.reshape(*x.shape[:-1], *bias.shape) + bias
-        return tuple(y[..., part, :, :] for part in range(bias.shape[0]))
+            y = add_bias(rows @ kernel.reshape(-1, parts * self.width), bias.reshape(-1))
+        y = y.reshape(*x.shape[:-1], parts, *head)
+        return tuple(y[..., part, :, :] for part in range(parts))
 
 
 def merge_heads(x: Float[Array, "... H d"]) -> Float[Array, "... D"]:

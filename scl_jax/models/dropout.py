@@ -14,9 +14,18 @@ from jaxtyping import Array, Bool, Float, Key, UInt32
 
 def mix(x: UInt32[Array, "*S"]) -> UInt32[Array, "*S"]:
     """lowbias32: a bijection of words in which every bit depends on every other (C. Wellons, hash-prospector)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return halve(multiply(halve(x)))
+
+
+def halve(x: UInt32[Array, "*S"]) -> UInt32[Array, "*S"]:
+    """The upper half of each word, added without carry to its lower half; twice is nothing."""
     return x ^ (x >> 16)
+
+
+def multiply(x: UInt32[Array, "*S"]) -> UInt32[Array, "*S"]:
+    """The steps of `mix` in which bits reach others above them."""
+    x = x * jnp.uint32(0x7FEB352D)
+    return (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
 
 
 def bernoulli(key: Key[Array, ""], probability: float, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
@@ -25,14 +34,29 @@ def bernoulli(key: Key[Array, ""], probability: float, shape: tuple[int, ...]) -
     A row (the first axis) has two words of its own, made from the key; its elements are told apart by their place in
     it, up to 2³² of them.
     """
-    words = jax.random.key_data(key)
     row, place = jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)
     if shape:
         row = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], *[1] * (len(shape) - 1)), 0)
     for axis in range(1, len(shape)):
         place = place * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    first, second = mix(row ^ words[0]), mix(mix(row ^ words[-1]) + jnp.uint32(0x9E3779B9))
-    bits = mix(mix(place + first) ^ second)
+    return kept(place, *row_words(key, row), probability)
+
+
+def row_words(key: Key[Array, ""], row: UInt32[Array, "*S"]) -> tuple[UInt32[Array, "*S"], UInt32[Array, "*S"]]:
+    """The two words of each row."""
+    words = jax.random.key_data(key)
+    return mix(row ^ words[0]), mix(mix(row ^ words[-1]) + jnp.uint32(0x9E3779B9))
+
+
+def kept(
+    place: UInt32[Array, "*S"], first: UInt32[Array, "..."], second: UInt32[Array, "..."], probability: float
+) -> Bool[Array, "*S"]:
+    """Whether the elements at these places of rows with these words are kept.
+
+    By `mix(mix(place + first) ^ second)`, without what cancels: the last step of the inner `mix` and the first of the
+    outer one, but for the bits of `second`; and without the outer one's last step, which changes the lower half alone.
+    """
+    bits = multiply(multiply(halve(place + first)) ^ halve(second))
     return bits < jnp.uint32(min(round(probability * 2**32), 2**32 - 1))
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.attention import attention_weights
-from scl_jax.models.layers import Precision, split_key
+from scl_jax.models.layers import Precision, split_key, spread
 from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
 from scl_jax.models.stack import Stack
 
@@ -153,8 +153,9 @@ class FusionEncoder(nnx.Module):
         self, text: Float[Array, "T L D"], image: Float[Array, "I N D"], image_type: int = IMAGE_TYPE
     ) -> tuple[Float[Array, "T L D"], Float[Array, "I N D"]]:
         """The inputs of the first layer: transformed tokens plus their token-type row."""
-        types = self.token_type[...].astype(text.dtype)
-        return text + types[TEXT_TYPE], image + types[image_type]
+        types = self.token_type[...]
+        of_text, of_image = (spread(types[t], x.shape, x.dtype) for t, x in ((TEXT_TYPE, text), (image_type, image)))
+        return text + of_text, image + of_image
 
     def __call__(
         self,

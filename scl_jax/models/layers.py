@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from scl_jax.models.dropout import dropout
+from scl_jax.models.layer_norm_kernel import layer_norm_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Precision:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     initializer_range: float = 0.02
+    kernels: bool = False  # of our own, for GPUs: models/layer_norm_kernel.py
 
     @property
     def bert_init(self) -> Callable:
@@ -54,7 +56,32 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... M"]:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+        dtype: Any = self.dtype
+        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        y = rows @ self.kernel[...].astype(dtype)
+        if self.bias is not None:
+            y = add_bias(y, self.bias[...])
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "R *M"], bias: Float[Array, " *M"]) -> Float[Array, "R *M"]:
+    """`x + bias` in the type of `x`; the bias' gradient is summed in that of the bias.
+
+    Left to itself, XLA on a GPU sums tens of thousands of rows in bfloat16.
+    """
+    return x + bias.astype(x.dtype)
+
+
+add_bias.defvjp(
+    lambda x, bias: (add_bias(x, bias), bias),
+    lambda bias, gradient: (gradient, gradient.sum(axis=0, dtype=bias.dtype)),
+)
+
+
+def spread(parameter: Float[Array, "..."], shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+    """`parameter` broadcast to `shape`, then cast: its gradient is summed in its own type, not that of activations."""
+    return jnp.broadcast_to(parameter, shape).astype(dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -69,14 +96,13 @@ class LayerNorm(nnx.LayerNorm):
             param_dtype=precision.param_dtype,
             rngs=rngs,
         )
-        self.out_dtype = precision.dtype
+        self.out_dtype, self.kernels = precision.dtype, precision.kernels
 
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         both: Any = (self.scale, self.bias)  # there are both
         scale, bias = (jnp.asarray(p[...], self.dtype) for p in both)
-        y: Array = layer_norm(x, scale, bias, self.epsilon)
-        return y.astype(self.out_dtype)
+        return layer_norm(x, scale, bias, self.epsilon, self.out_dtype, self.kernels)
 
 
 # ---- functions that keep their input alone for the backward pass ----
@@ -84,26 +110,37 @@ class LayerNorm(nnx.LayerNorm):
 # Left to itself, automatic differentiation keeps three or four more arrays of the same size for each of them.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def layer_norm(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    epsilon: float,
+    dtype: Any = None,
+    kernels: bool = False,
 ) -> Float[Array, "... D"]:
-    """`(x - mean) / sqrt(variance + epsilon) · scale + bias`, in the type of `scale`."""
-    return layer_norm_forward(x, scale, bias, epsilon)[0]
+    """`(x - mean) / sqrt(variance + epsilon) · scale + bias`, computed in the type of `scale`, returned in `dtype`.
+
+    `kernels`: with our own for the backward pass, on a GPU.
+    """
+    return layer_norm_forward(x, scale, bias, epsilon, dtype, kernels)[0]
 
 
-def layer_norm_forward(x, scale, bias, epsilon: float):
+def layer_norm_forward(x, scale, bias, epsilon: float, dtype: Any, kernels: bool):
     """The result, and what the backward pass needs: the input, and two numbers for each of its rows."""
     wide = x.astype(scale.dtype)
     mean = wide.mean(axis=-1, keepdims=True)
     centred = wide - mean
     inverse = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
-    return centred * inverse * scale + bias, (x, mean, inverse, scale)
+    return (centred * inverse * scale + bias).astype(dtype or scale.dtype), (x, mean, inverse, scale)
 
 
-def layer_norm_backward(epsilon: float, kept, gradient):
+def layer_norm_backward(epsilon: float, dtype: Any, kernels: bool, kept, gradient):
     """Gradients of input, scale and bias."""
     x, mean, inverse, scale = kept
+    if kernels and x.ndim > 1:
+        return layer_norm_gradients(x, gradient, mean, inverse, scale)
+    gradient = gradient.astype(scale.dtype)
     unit = (x.astype(scale.dtype) - mean) * inverse
     rows = tuple(range(x.ndim - 1))
     scaled = gradient * scale

@@ -33,10 +33,10 @@ class PostNormAttention(nnx.Module):
     def __init__(self, config: PostNormConfig, cross: bool, precision: Precision, rngs: nnx.Rngs):
         c = config
         if cross:
-            self.query = Projection(c.width, 1, c.heads, precision.bert_init, precision, rngs)
-            self.key_value = Projection(c.width, 2, c.heads, precision.bert_init, precision, rngs)
+            self.query = Projection(c.width, 1, c.heads, precision.bert_init, precision, rngs, c.attention)
+            self.key_value = Projection(c.width, 2, c.heads, precision.bert_init, precision, rngs, c.attention)
         else:
-            self.qkv = Projection(c.width, 3, c.heads, precision.bert_init, precision, rngs)
+            self.qkv = Projection(c.width, 3, c.heads, precision.bert_init, precision, rngs, c.attention)
         self.out = precision.linear(c.width, c.width, precision.bert_init, rngs)
         self.residual = Residual(c.width, c.epsilon, c.dropout, precision, rngs)
         self.cross = cross

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scl_jax.models.dropout import dropout
-from scl_jax.models.layers import Precision, split_key
+from scl_jax.models.layers import Precision, split_key, spread
 from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
 from scl_jax.models.stack import Stack
 from scl_jax.partition import split_batch, whole
@@ -39,9 +39,14 @@ class TextConfig:
 
 
 def look_up(table: nnx.Embed, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Rows `ids` of an embedding table, in the type of activations."""
+    """Rows `ids` of an embedding table, in the type of activations.
+
+    Gradients of the same word are summed in at least float32: `<mask>` has thousands of them, which in bfloat16 would
+    be lost for the most part, and on a GPU wait for each other far longer.
+    """
     rows = whole(table.embedding[...].astype(table.dtype))
-    return split_batch(jnp.take(rows, ids, axis=0))  # an id past the end gives NaN, not another word
+    wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    return split_batch(jnp.take(wide, ids, axis=0)).astype(rows.dtype)  # an id past the end gives NaN, not another word
 
 
 class TextEncoder(nnx.Module):
@@ -76,7 +81,8 @@ class TextEncoder(nnx.Module):
         """Word + position + segment embeddings, LayerNorm, dropout."""
         real = (token_ids != PAD_ID).astype(jnp.int32)
         positions = jnp.cumsum(real, axis=1) * real + PAD_ID
-        x = look_up(self.word_embedding, token_ids) + look_up(self.segment_embedding, jnp.zeros_like(token_ids))
+        words = look_up(self.word_embedding, token_ids)
+        x = words + spread(self.segment_embedding.embedding[0], words.shape, words.dtype)  # there is one segment
         return dropout(self.norm(x + look_up(self.position_embedding, positions)), self.dropout, key)
 
     def __call__(

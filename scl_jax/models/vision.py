@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from scl_jax.models.attention import Projection, attend, merge_heads
-from scl_jax.models.layers import FeedForward, Precision, gather_tokens, quick_gelu
+from scl_jax.models.layers import FeedForward, Precision, gather_tokens, quick_gelu, spread
 from scl_jax.models.stack import Stack
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -96,7 +96,7 @@ class FrameAttention(nnx.Module):
     def __init__(self, config: VisionConfig, precision: Precision, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.width**-0.5)
         out_init = nnx.initializers.normal(config.width**-0.5 * (2 * config.layers) ** -0.5)
-        self.qkv = Projection(config.width, 3, config.heads, init, precision, rngs)
+        self.qkv = Projection(config.width, 3, config.heads, init, precision, rngs, config.attention)
         self.out = precision.linear(config.width, config.width, out_init, rngs)
         self.implementation = config.attention
 
@@ -196,17 +196,18 @@ class VisionEncoder(nnx.Module):
         if height != width:
             raise ValueError(f"images must be square, these are {height}×{width} pixels")
         patches = patchify(pixels, self.patch_size)  # (B, F, P, 3·size²), still bytes: a quarter of the traffic
-        table = resize_positions(self.position_embedding[...], height // self.patch_size).astype(self.dtype)
+        # rows are cast after they are spread over the batch, so that gradients are summed in the type of parameters
+        table = resize_positions(self.position_embedding[...], height // self.patch_size)
         positions = table[None, 1:]  # (1, P, D)
         if keep is not None:
             patches = gather_tokens(patches, jnp.broadcast_to(keep[:, None], (b, f, keep.shape[1])))
             positions = table[1:][keep]  # (B, S, D)
         x = self.patch_embedding(normalize_patches(patches, self.dtype))
         if replaced is not None:
-            x = jnp.where(replaced[:, None, :, None], self.mask_embedding[...].astype(x.dtype), x)
-        cls = self.class_embedding[...].astype(x.dtype) + table[0]
-        x = jnp.concatenate([jnp.broadcast_to(cls, (b, f, 1, cls.shape[0])), x + positions[:, None]], axis=2)
-        return x + self.temporal_embedding[...][:f, None].astype(x.dtype)
+            x = jnp.where(replaced[:, None, :, None], spread(self.mask_embedding[...], x.shape, x.dtype), x)
+        cls = spread(self.class_embedding[...] + table[0], (b, f, 1, table.shape[1]), x.dtype)
+        x = jnp.concatenate([cls, x + spread(positions[:, None], x.shape, x.dtype)], axis=2)
+        return x + spread(self.temporal_embedding[...][:f, None], x.shape, x.dtype)
 
     def __call__(
         self,

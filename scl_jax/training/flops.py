@@ -33,6 +33,8 @@ def peak_flops(device: Any) -> float | None:
 
 def count_flops(function: Callable, *arguments: Any, static_argnums: tuple[int, ...] = ()) -> float:
     """Matrix FLOPs of one call, over all devices; arguments may be shapes."""
+    if isinstance(function, jax.stages.Wrapped):  # jitted, maybe with options, which only an outermost jit may have
+        return _flops(function.trace(*arguments).jaxpr.jaxpr)
     return _flops(jax.make_jaxpr(function, static_argnums=static_argnums)(*arguments).jaxpr)
 
 
@@ -47,6 +49,11 @@ def _flops(jaxpr: core.Jaxpr) -> float:
             total += equation.params["length"] * _flops(equation.params["jaxpr"].jaxpr)
         elif equation.primitive.name == "cond":
             total += max(_flops(branch.jaxpr) for branch in equation.params["branches"])
+        elif equation.primitive.name == "pallas_call":  # its program is that of one block; kernels say what all do
+            total += equation.params["cost_estimate"].flops
+        elif equation.primitive.name == "shard_map":
+            (inner,) = _inner(equation.params)
+            total += _flops(inner) * equation.invars[0].aval.size / inner.invars[0].aval.size  # pyright: ignore[reportAttributeAccessIssue]
         else:
             total += sum(_flops(inner) for inner in _inner(equation.params))
     return total

@@ -1,4 +1,4 @@
-"""Fused attention is plain attention: the same numbers and gradients, whatever the lengths and masks.
+"""cuDNN's attention is plain attention: the same numbers and gradients, whatever the lengths and masks.
 
 cuDNN itself runs in tests/test_gpu.py; here its place is taken by XLA behind the same call.
 """
@@ -22,12 +22,12 @@ def inputs(queries: int, keys: int):
 
 
 def fused(query, key, value, mask):
-    return attention.fused_attention(query, key, value, mask, "xla")
+    return attention.cudnn_attention(query, key, value, mask, "xla")
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (7, 4), (4, 5), (1, 9)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_fused_attention_is_plain_attention(lengths, masked):
+def test_cudnn_attention_is_plain_attention(lengths, masked):
     keys = lengths[1]
     mask = jnp.arange(keys) < jnp.array([keys, keys - 2, 1])[:, None] if masked else None
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(B, lengths[0], HEADS, WIDTH)), jnp.float32)
@@ -70,7 +70,7 @@ def test_kernels_get_even_lengths_and_dropout_goes_the_plain_way(monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "dtype", "option", "expected"),
     [
-        ("gpu", "bfloat16", "auto", "cudnn"),
+        ("gpu", "bfloat16", "auto", "fused"),
         ("gpu", "float32", "auto", "xla"),
         ("gpu", "bfloat16", "xla", "xla"),
         ("cpu", "bfloat16", "auto", "xla"),

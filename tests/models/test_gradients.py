@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from scl_jax.models import attention, layers
 from scl_jax.models.dropout import dropout
+from scl_jax.models.text import look_up
 
 WIDE = 1e-12  # relative, float64
 
@@ -96,3 +98,25 @@ def test_what_is_kept():
     query = normal(2, 50, 3, 4, dtype=jnp.float32)
     shapes = kept(lambda *xs: attention.attend(*xs, dropout_rate=0.1, dropout_key=jax.random.key(0)), *[query] * 3)
     assert [s for s in shapes if np.prod(s) > query.size] == [(2, 3, 50, 50)]
+
+
+ROWS = 3000  # ones, of which bfloat16 can add up 256
+
+
+def test_gradients_of_parameters_are_not_summed_in_the_type_of_activations():
+    x = jnp.zeros((ROWS, 4), jnp.bfloat16)
+    summed = {
+        "bias": jax.grad(lambda bias: layers.add_bias(x, bias).sum(dtype=jnp.float32)),
+        "row added to all": jax.grad(lambda row: (x + layers.spread(row, x.shape, x.dtype)).sum(dtype=jnp.float32)),
+    }
+    for name, gradient in summed.items():
+        np.testing.assert_array_equal(gradient(jnp.zeros(4)), np.full(4, ROWS), err_msg=name)
+
+
+def test_the_gradient_of_a_word_is_not_summed_in_the_type_of_activations():
+    table = nnx.Embed(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(table)
+    ids = jnp.ones((ROWS, 1), jnp.int32)
+    gradient = jax.grad(lambda p: look_up(nnx.merge(graph, p), ids).sum(dtype=jnp.float32))(parameters)
+    # cast to bfloat16 once, as the table is for all devices, not at each addition
+    np.testing.assert_allclose(gradient["embedding"][...], np.array([0, ROWS, 0])[:, None] * np.ones(4), rtol=2**-8)

@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"), help="of ours")
-    parser.add_argument("--unroll", type=int, default=1, help="layers a turn of ours' loops")
+    parser.add_argument("--unroll", type=int, default=0, help="layers a turn of ours' loops; 0: model.unroll's default")
     parser.add_argument("--dropout", type=float, default=0.1, help="of both, 0.1 is the paper's")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores of either side")
     parser.add_argument("--repeats", type=int, default=5)
@@ -137,7 +137,7 @@ class Side:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
             # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, str(Path(__file__)), *argv, f"--worker={name}"]
         self.name = name

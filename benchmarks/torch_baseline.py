@@ -153,6 +153,12 @@ class Baseline(nn.Module):
         self.decoder = nn.Linear(width, text.vocab_size)
         self.mask_id, self.group_size = text.vocab_size - 1, group_size
 
+    def compile_layers(self) -> None:
+        """torch.compile layer by layer: all layers of a kind share their programs, one a shape of input."""
+        layers = [self.vision.blocks, self.text.encoder.layer, self.text_layers, self.image_layers]
+        for layer in (layer for kind in layers for layer in kind):
+            layer.compile(dynamic=False)
+
     def encode_image(self, pixels: Tensor, **masking: Tensor) -> Tensor:
         return self.image_transform(self.vision(pixels, **masking))
 
@@ -247,7 +253,7 @@ def draw(ids: Tensor, patches: int) -> dict[str, Tensor]:
 
 
 class Training:
-    """The baseline's training step on one device; `compiled` runs it through torch.compile.
+    """The baseline's training step on one device; `compiled` runs its layers through torch.compile.
 
     `arrays` holds pixels uint8 (B, F, H, W, 3), token_ids and token_mask (B, L), as numpy arrays.
     """
@@ -262,7 +268,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=2e-5, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        self.loss: Callable[..., Tensor] = torch.compile(model) if compiled else model
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # a layer sees whole and masked images, texts, pairs
+            model.compile_layers()
+        self.loss: Callable[..., Tensor] = model
         self.pixels = torch.from_numpy(arrays["pixels"]).to(device)
         self.ids = torch.from_numpy(arrays["token_ids"]).long().to(device)
         self.mask = torch.from_numpy(arrays["token_mask"]).long().to(device)

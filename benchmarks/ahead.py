@@ -98,19 +98,26 @@ def make_step(config: Any, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
 # ---- where there is no GPU ----
 
 
-def compile_step(options: argparse.Namespace) -> None:
-    """Writes the compiled step, its text and what it is."""
+def absent_devices(target: str) -> list[Any]:
+    """One GPU that is not there, for the compiler."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the check asks for a driver
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="  # see gpu.sh
-    from jax.experimental import serialize_executable, topologies
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target], topology="1x1x1").devices)
+
+
+def compile_step(options: argparse.Namespace) -> None:
+    """Writes the compiled step, its text and what it is."""
+    devices = absent_devices(options.target)  # before anything else looks for devices
+    from jax.experimental import serialize_executable
 
     from scl_jax.training import sharding
     from scl_jax.training.flops import count_flops
 
     described = {name: getattr(options, name) for name in ("config", "stream", "batch", "set")}
     config = load_config(described)
-    devices = topologies.get_topology_desc(platform="cuda", target_config=TARGETS[options.target], topology="1x1x1")
-    mesh = sharding.make_mesh(**config.mesh, devices=list(devices.devices))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     step, arguments = make_step(config, mesh)
     start = time.perf_counter()
     compiled = step.lower(*arguments).compile()
@@ -162,7 +169,7 @@ def run_step(file: Path, options: argparse.Namespace, peak: float) -> dict[str, 
 
     described = json.loads(file.with_suffix(".json").read_text())
     config = load_config(described)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
     step, (planned, _, active) = make_step(config, mesh)
     noise = np.random.default_rng(0).standard_normal(2**22 - 3, dtype=np.float32) * 0.02
     state = jax.tree_util.tree_map_with_path(lambda path, x: fill(path, x, noise), planned)

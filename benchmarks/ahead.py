@@ -12,6 +12,7 @@ cuDNN's attention cannot be compiled ahead (model.attention=fused, the default o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import lzma
@@ -19,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def absent_devices(target: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target], topology="1x1x1").devices)
 
 
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """A program that comes out of the cache cannot be written again."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it remembers whether it is used
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 def compile_step(options: argparse.Namespace) -> None:
     """Writes the compiled step, its text and what it is."""
     devices = absent_devices(options.target)  # before anything else looks for devices
@@ -120,7 +135,8 @@ def compile_step(options: argparse.Namespace) -> None:
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     step, arguments = make_step(config, mesh)
     start = time.perf_counter()
-    compiled = step.lower(*arguments).compile()
+    with without_compilation_cache():
+        compiled = step.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

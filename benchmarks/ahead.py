@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import lzma
 import os
@@ -63,14 +62,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_config(options: dict[str, Any]) -> Any:
     """The complete config of a step: bfloat16, the kernels of a GPU, loops unrolled as on one, then `set`."""
-    from scl_jax.benchmark.workload import complete
+    from scl_jax.benchmark.workload import complete, read_config
 
-    spec = importlib.util.spec_from_file_location("benchmark_config", ROOT / options["config"])
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"--config={options['config']} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(ROOT / options["config"])
     config.model.update(dtype="bfloat16", attention="fused", unroll=12)
     for assignment in options["set"]:
         name, _, value = assignment.partition("=")
@@ -127,6 +121,7 @@ def compile_step(options: argparse.Namespace) -> None:
     devices = absent_devices(options.target)  # before anything else looks for devices
     from jax.experimental import serialize_executable
 
+    from scl_jax.benchmark.step import memory
     from scl_jax.training import sharding
     from scl_jax.training.flops import count_flops
 
@@ -138,9 +133,7 @@ def compile_step(options: argparse.Namespace) -> None:
     with without_compilation_cache():
         compiled = step.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    plan = compiled.memory_analysis()
-    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    planned = held + plan.temp_size_in_bytes
+    planned: Any = memory(compiled)["planned_bytes"]
     described |= {"planned_bytes": planned, "flops": count_flops(step, *arguments, static_argnums=(2,))}
     name = "-".join([options.stream, str(options.batch), *(s.replace("=", "_") for s in options.set)])
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +155,7 @@ def fill(path: Any, x: Any, noise: Any) -> Any:
     name = jax.tree_util.keystr(path)
     if np.issubdtype(x.dtype, np.integer) or "scale" in name:
         values = np.ones(x.shape, x.dtype)
-    elif any(part in name for part in ("mu", "nu", "bias")):
+    elif any(part in name for part in (".mu", ".nu", "bias")):
         values = np.zeros(x.shape, x.dtype)
     elif "temperature" in name:
         values = np.full(x.shape, 0.07, x.dtype)
@@ -223,18 +216,20 @@ def run_step(file: Path, options: argparse.Namespace, peak: float) -> dict[str, 
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Times every step of the folder and writes results beside it."""
+    """Times every step of the folder and writes results beside it; ends with an error where one did not run."""
     import jax
 
     from scl_jax.benchmark.step import matmul_peak
 
     peak = matmul_peak("bfloat16")
     print(f"{jax.devices()[0].device_kind}, {peak / 1e12:.0f} TFLOP/s in a matrix product")
+    failed = []
     for file in sorted(file for file in options.folder.glob("*.xz") if not file.name.endswith(".hlo.xz")):
         try:
             results = run_step(file, options, peak)
         except jax.errors.JaxRuntimeError as error:  # most likely for want of memory; others may fit
             print(f"{file.stem}: {str(error).splitlines()[0]}", flush=True)
+            failed.append(file.stem)
             continue
         file.with_suffix(".results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(
@@ -245,6 +240,8 @@ def run_all(options: argparse.Namespace) -> None:
         )
         for scope, seconds in list(results.get("seconds_by_scope", {}).items())[:20]:
             print(f"    {1e3 * seconds:8.2f} ms  {scope}")
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} did not run")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the machine does hits both alike. Prints medians, the ratio, and the peak memory
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import resource
@@ -56,14 +55,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_config(options: argparse.Namespace) -> Any:
     """The config of either side, complete."""
-    from scl_jax.benchmark.workload import complete
+    from scl_jax.benchmark.workload import complete, read_config
 
-    spec = importlib.util.spec_from_file_location("benchmark_config", ROOT / options.config)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"--config={options.config} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(ROOT / options.config)
     config.debug = options.debug
     config.model.update(remat=options.remat, unroll=options.unroll)
     config.model.update(dropout=options.dropout, attention_dropout=options.dropout)

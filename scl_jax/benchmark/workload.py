@@ -5,7 +5,9 @@ Axes: B batch, F frames, H W pixels, L text tokens.
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,20 @@ from scl_jax.types import Batch
 
 DEFAULT_VOCABULARY = 1000  # where the config leaves its size to the tokenizer
 SPECIAL_TOKENS = 5
+
+
+def read_config(file: Path) -> ConfigDict:
+    """What `get_config()` of a config file gives.
+
+    Raises:
+        FileNotFoundError: there is no such Python file.
+    """
+    spec = importlib.util.spec_from_file_location("benchmark_config", file)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"--config={file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def complete(config: ConfigDict, stream: str, batch_size: int) -> ConfigDict:

@@ -127,6 +127,17 @@ def test_a_frame_is_the_same_however_it_was_reached():
         np.testing.assert_array_equal(some, video._decode_from_start(data, 4, draws))
 
 
+def test_the_converter_of_a_thread_gives_what_a_new_one_gives():
+    rng = np.random.default_rng(0)
+    sizes = [(48, 64), (50, 66), (1080, 1920), (48, 64)]
+    formats = ["yuv420p", "yuvj420p", "yuv444p", "nv12", "yuv420p10le", "gray", "rgb24"]
+    for height, width in sizes:
+        rgb = av.VideoFrame.from_ndarray(rng.integers(0, 256, (height, width, 3), np.uint8), format="rgb24")
+        for name in formats + formats[:1]:
+            frame = rgb.reformat(format=name)
+            np.testing.assert_array_equal(video._to_rgb(frame), frame.to_ndarray(format="rgb24"))
+
+
 def test_the_rotation_of_a_phone_is_applied():
     data = clip(2, noise=16)
     # the display matrix in the track header: identity → a quarter turn

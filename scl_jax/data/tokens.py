@@ -42,7 +42,7 @@ class Tokenizer:
         self.eos_id: int = ids["</s>"]
         self.unk_id: int = ids["<unk>"]
         self.mask_id: int = ids["<mask>"]
-        self._special_ids = np.array(list(ids.values()), np.int32)
+        self._special_ids = frozenset(ids.values())
 
     @property
     def vocab_size(self) -> int:
@@ -58,31 +58,34 @@ class Tokenizer:
         three words `it's`, `left` and `,`. A special token written in the text, such as `<mask>`, keeps its id and
         belongs to no word.
         """
-        encoded = self.encode_with_offsets(text, length)
-        del encoded["offsets"]
-        return encoded
+        return self._encode(text, length)[0]
 
     def encode_with_offsets(self, text: str, length: int) -> dict[str, np.ndarray]:
         """Like `encode`, and `offsets` (int32, (L, 2)): a token's first and past-last character; (0, 0) at specials."""
+        encoded, kept = self._encode(text, length)
+        offsets = np.zeros((length, 2), np.int32)
+        if kept:
+            offsets[1 : len(kept) + 1] = kept
+        return {**encoded, "offsets": offsets}
+
+    def _encode(self, text: str, length: int) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
+        """What `encode` returns, and where the tokens between `<s>` and `</s>` begin and end in the text."""
         if length < 2:
             raise ValueError(f"text length {length}: at least 2 tokens are needed, for <s> and </s>")
         encoding = self._backend.encode(text, add_special_tokens=False)
-        kept = min(len(encoding.ids), length - 2)
-        token_ids = np.full(length, self.pad_id, np.int32)
-        token_ids[0], token_ids[kept + 1] = self.bos_id, self.eos_id
-        token_ids[1 : kept + 1] = encoding.ids[:kept]
-        offsets = np.zeros((length, 2), np.int32)
-        word_ids = np.full(length, -1, np.int32)
-        if kept:
-            offsets[1 : kept + 1] = encoding.offsets[:kept]
-            word_ids[1 : kept + 1] = _words_of_tokens(text, encoding.offsets[:kept])
-            word_ids = _without_gaps(np.where(np.isin(token_ids, self._special_ids), -1, word_ids))
-        return {
-            "token_ids": token_ids,
-            "token_mask": np.arange(length) < kept + 2,
-            "word_ids": word_ids,
-            "offsets": offsets,
+        ids, offsets = encoding.ids[: length - 2], encoding.offsets[: length - 2]
+        numbers: dict[int, int] = {}  # words that own a token, numbered ("'s" is one token but may reach over two)
+        words = [
+            -1 if word < 0 or token in self._special_ids else numbers.setdefault(word, len(numbers))
+            for token, word in zip(ids, _words_of_tokens(text, offsets), strict=True)
+        ]
+        padding = length - 2 - len(ids)
+        encoded = {
+            "token_ids": np.array([self.bos_id, *ids, self.eos_id] + [self.pad_id] * padding, np.int32),
+            "token_mask": np.arange(length) < len(ids) + 2,
+            "word_ids": np.array([-1, *words, -1] + [-1] * padding, np.int32),
         }
+        return encoded, offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens except `<mask>`."""
@@ -181,11 +184,11 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> Int[np.ndarray, " T"]:
+def _words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
     # A token belongs to the first word that ends after the token starts: a lone "Ġ" goes with the word it precedes.
     ends = _word_ends(text)
     last = len(ends) - 1  # -1 where the text is white space only
-    return np.array([min(bisect.bisect_right(ends, start), last) for start, _ in offsets], np.int32)
+    return [min(bisect.bisect_right(ends, start), last) for start, _ in offsets]
 
 
 def _word_ends(text: str) -> list[int]:
@@ -198,11 +201,3 @@ def _word_ends(text: str) -> list[int]:
         only_punctuation = core_start >= core_end
         ends.extend([position] if only_punctuation else sorted({core_start, core_end, position} - {start}))
     return ends
-
-
-def _without_gaps(word_ids: Int[np.ndarray, " L"]) -> Int[np.ndarray, " L"]:
-    # numbers the words that own a token 0, 1, 2 … ("'s" is one token but may reach over two words)
-    is_word = word_ids >= 0
-    renumbered = word_ids.copy()
-    renumbered[is_word] = np.unique(word_ids[is_word], return_inverse=True)[1]
-    return renumbered

@@ -150,6 +150,14 @@ def test_any_number_of_processes_gives_the_same_global_batches(data, process_cou
     assert all(part[k]["stream"] == whole[k]["stream"] for part in parts for k in range(8))
 
 
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_any_number_of_threads_gives_the_same_batches(data, batch_size):
+    data.images.batch_size, data.threads = batch_size, 1
+    expected = take(iterator(data), 4)
+    for data.threads in (3, 5):
+        assert_same(take(iterator(data), 4), expected)
+
+
 def test_a_process_reads_only_its_own_rows(data, sources, monkeypatch):
     data.videos.share, data.prefetch = 0.0, 2
     read = []

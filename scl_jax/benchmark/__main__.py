@@ -2,9 +2,11 @@
 
     python -m scl_jax.benchmark step --config=configs/pretrain_image.py --batch=2 --config.model.dtype=float32
     python -m scl_jax.benchmark input
+    python -m scl_jax.benchmark pipeline --config=configs/quickstart.py --seconds=10
     python -m scl_jax.benchmark retrieval --config=configs/quickstart.py --items=1000 --json=retrieval.json
 
-Every option of a config can be overridden, as in training; media and tokens are random, so nothing need be prepared.
+Every option of a config can be overridden, as in training; media and tokens are random, so nothing need be
+prepared, except for `pipeline`, which reads the shards of the config.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-COMMANDS = ("step", "input", "retrieval")
+COMMANDS = ("step", "input", "pipeline", "retrieval")
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_image.py", "What is timed.")
 _STREAM = flags.DEFINE_enum("stream", "images", ["images", "videos"], "Which of the config's streams.")
@@ -23,7 +25,7 @@ _BATCH = flags.DEFINE_integer("batch", 0, "Samples of a step, or of an evaluatio
 _REPEATS = flags.DEFINE_integer("repeats", 10, "step: how many steps are timed; the median counts.")
 _WARMUP = flags.DEFINE_integer("warmup", 2, "step: steps before these.")
 _PROFILE = flags.DEFINE_boolean("profile", True, "step: also the time of every named scope.")
-_SECONDS = flags.DEFINE_float("seconds", 2.0, "input: on every stage.")
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "input: on every stage; pipeline: in all.")
 _ITEMS = flags.DEFINE_integer("items", 1000, "retrieval: images or clips of the gallery.")
 _RERANK = flags.DEFINE_integer("rerank", 16, "retrieval: candidates of a query that are re-scored.")
 _JSON = flags.DEFINE_string("json", "", "Where the results go as JSON; empty: nowhere.")
@@ -36,6 +38,10 @@ def run(command: str) -> dict[str, Any]:
         from scl_jax.benchmark import input as input_benchmark
 
         return input_benchmark.measure(config.data, _SECONDS.value)
+    if command == "pipeline":
+        from scl_jax.benchmark import pipeline
+
+        return pipeline.measure(config, _SECONDS.value)
     if command == "retrieval":
         from scl_jax.benchmark import retrieval
 

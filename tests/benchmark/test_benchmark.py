@@ -10,7 +10,7 @@ import pytest
 import toy_run
 
 from scl_jax.benchmark import input as input_benchmark
-from scl_jax.benchmark import report, retrieval, step
+from scl_jax.benchmark import pipeline, report, retrieval, step
 from scl_jax.benchmark.workload import complete, random_arrays
 from scl_jax.config import ConfigError
 
@@ -48,6 +48,15 @@ def test_the_input_benchmark_names_both_resizes(config):
     rates = input_benchmark.measure(config.data, 0.03)
     assert {"images/example, bicubic", "images/example, fast", "clips/decode", "clips/example, fast"} <= rates.keys()
     assert all(rate > 0 for rate in rates.values())
+
+
+def test_the_pipeline_benchmark_reads_the_shards_of_the_config(tmp_path):
+    toy = toy_run.config(toy_run.prepare(tmp_path))
+    results = pipeline.measure(toy, 0.2)
+    assert results["threads"] == toy.data.threads == 1
+    assert results["examples_per_second"] > 0 and results["processor_milliseconds_per_example"] > 0
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        pipeline.measure(toy_run.config(tmp_path / "nowhere"), 0.2)
 
 
 def test_results_are_written_with_the_machine(tmp_path):

@@ -20,6 +20,7 @@ from scl_jax.models import parameters
 from scl_jax.models.fusion import IMAGE_TYPE, SECOND_IMAGE_TYPE
 from scl_jax.models.heads import Classifier, unit
 from scl_jax.models.layers import Precision, gather_tokens
+from scl_jax.models.vision import side_by_side
 
 pytestmark = pytest.mark.parity
 
@@ -51,11 +52,12 @@ def activations(model, pixels, ids, mask, keep, replaced, *, image_type: int, la
     embedded = model.vision.embed(pixels, keep, replaced)
     out["vis_embed"] = frame_major(embedded)
     if layers:
-        x = model.vision.norm_pre(embedded)
-        out["vit_ln_pre"] = frame_major(x)
-        x, blocks = model.vision.blocks(x, lambda block, x, _: block(x), return_layers=True)
-        out |= {f"vit_block{i}": frame_major(block) for i, block in enumerate(blocks)}
-        out["vit_ln_post_before_reorder"] = frame_major(model.vision.norm_post(x))
+        x, shapes = side_by_side([embedded[:, None]]), [(1, *embedded.shape[1:3])]
+        x = model.vision.norm_pre(x)
+        out["vit_ln_pre"] = frame_major(x.reshape(embedded.shape))
+        x, blocks = model.vision.blocks(x, lambda block, x, _: block(x, shapes), return_layers=True)
+        out |= {f"vit_block{i}": frame_major(block.reshape(embedded.shape)) for i, block in enumerate(blocks)}
+        out["vit_ln_post_before_reorder"] = frame_major(model.vision.norm_post(x).reshape(embedded.shape))
         _, texts = model.text.layers(out["text_emb"], lambda layer, x, key: layer(x, mask, key=key), return_layers=True)
         out |= {f"text_layer{i}": text for i, text in enumerate(texts)}
     out["text_enc"], out["vis_enc"] = model.text(ids, mask), model.vision(pixels, keep, replaced)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from scl_jax.models.dropout import dropout
 from scl_jax.models.flash_attention import HEAD_WIDTHS, flash_attention
-from scl_jax.models.layers import Precision, add_bias
+from scl_jax.models.layers import Precision, add_bias, product
 from scl_jax.partition import tensor_parallel
 
 
@@ -97,8 +97,8 @@ def plain_attention_forward(dropout_rate, query, key, value, key_mask, dropout_k
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     inverse = 1.0 / weights.sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, Q, H, 1)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    y = jnp.einsum("bhqk,bkhd->bqhd", dropped, value, preferred_element_type=weights.dtype) * inverse
-    y = y.astype(value.dtype)
+    y = jnp.einsum("bhqk,bkhd->bhqd", dropped, value, preferred_element_type=weights.dtype).swapaxes(1, 2)
+    y = (y * inverse).astype(value.dtype)
     return y, (query, key, value, dropout_key, weights, inverse, y)
 
 
@@ -109,12 +109,12 @@ def plain_attention_backward(dropout_rate, kept, gradient):
     along = (gradient * y).sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, H, Q, 1)
     gradient = gradient.astype(value.dtype)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    value_gradient = jnp.einsum("bhqk,bqhd->bkhd", dropped, gradient)
+    value_gradient = jnp.einsum("bhqk,bqhd->bhdk", dropped, gradient).transpose(0, 3, 1, 2)
     of_weights = jnp.einsum("bqhd,bkhd->bhqk", gradient, value, preferred_element_type=weights.dtype)
     of_logits = weights * (dropout(of_weights, dropout_rate, dropout_key) - along)
     of_logits = of_logits.astype(query.dtype)
-    query_gradient = scaled(jnp.einsum("bhqk,bkhd->bqhd", of_logits, key))
-    key_gradient = jnp.einsum("bhqk,bqhd->bkhd", of_logits, scaled(query))
+    query_gradient = scaled(jnp.einsum("bhqk,bkhd->bhqd", of_logits, key).swapaxes(1, 2))
+    key_gradient = jnp.einsum("bhqk,bqhd->bhdk", of_logits, scaled(query)).transpose(0, 3, 1, 2)
     return query_gradient, key_gradient, value_gradient, None, None
 
 
@@ -200,13 +200,14 @@ class Projection(nnx.LinearGeneral):
         if tensor_parallel():  # heads lie on different devices, so their axis stays
             y = add_bias(jnp.einsum("ri,iphd->rphd", rows, kernel), bias)
         elif self.apart:
-            products = [rows @ kernel[:, part].reshape(-1, self.width) for part in range(parts)]
+            products = [product(rows, kernel[:, part].reshape(-1, self.width)) for part in range(parts)]
             results = [add_bias(y, bias[part].reshape(-1)) for part, y in enumerate(products)]
             return tuple(y.reshape(*x.shape[:-1], *head) for y in results)
         else:
-            y = add_bias(rows @ kernel.reshape(-1, parts * self.width), bias.reshape(-1))
+            y = add_bias(product(rows, kernel.reshape(-1, parts * self.width)), bias.reshape(-1))
         y = y.reshape(*x.shape[:-1], parts, *head)
-        return tuple(y[..., part, :, :] for part in range(parts))
+        # not cut by indices: their gradients would be padded to the whole, and added
+        return tuple(part.squeeze(-3) for part in jax.lax.split(y, [1] * parts, axis=y.ndim - 3))
 
 
 def merge_heads(x: Float[Array, "... H d"]) -> Float[Array, "... D"]:

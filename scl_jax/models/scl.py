@@ -7,6 +7,7 @@ width, S kept patches, P patches of a frame.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -16,7 +17,14 @@ from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder
 from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
 from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig, TextEncoder
-from scl_jax.models.vision import VisionConfig, VisionEncoder
+from scl_jax.models.vision import (
+    ImageViews,
+    VisionConfig,
+    VisionEncoder,
+    class_tokens_first,
+    side_by_side,
+    take_apart,
+)
 
 PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
 
@@ -54,7 +62,6 @@ class SCL(nnx.Module):
         for head in c.heads:  # in their order: it decides which random numbers they start from
             setattr(self, head, _make_head(head, c, rngs))
 
-    @jax.named_scope("vision")
     def encode_image(
         self,
         pixels: UInt8[Array, "B F height width 3"] | Float[Array, "B F height width 3"],
@@ -62,7 +69,17 @@ class SCL(nnx.Module):
         replaced: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Visual tokens in the fusion width; see `VisionEncoder.embed` for the two kinds of masking."""
-        return self.fusion.image_transform(self.vision(pixels, keep, replaced))
+        return self.encode_images([ImageViews(pixels, keep, replaced)])[0]
+
+    @jax.named_scope("vision")
+    def encode_images(self, views: Sequence[ImageViews]) -> list[Float[Array, "_ _ D"]]:
+        """(B·V, N, D) of several views of the same samples; side by side through the encoder where that is faster."""
+        if len(views) > 1 and not self.vision.side_by_side:
+            return [self.encode_images([view])[0] for view in views]
+        embedded = [view.embed(self.vision) for view in views]
+        shapes = [x.shape[1:4] for x in embedded]
+        x = self.fusion.image_transform(self.vision.encode(side_by_side(embedded), shapes))
+        return [class_tokens_first(view.reshape(-1, *view.shape[2:])) for view in take_apart(x, shapes)]
 
     @jax.named_scope("text")
     def encode_text(

@@ -1,12 +1,20 @@
 """Vision encoder: CLIP's ViT for images and videos alike (METHOD section 1). An image is a video of one frame.
 
-Axes: B batch, F frames, P patches of a frame, N = P + 1 tokens of a frame ([CLS] first), D width, S kept patches.
+Views of the same samples that keep different numbers of patches go through the blocks side by side: joined along the
+axis of tokens, which all but attention does not look at, so that products with weights are few and large, and so that
+each weight has one gradient. Not with kernels for attention: these take whole arrays, and cutting them out would copy.
+
+Axes: B batch, V views of one shape, F frames, P patches of a frame, N = P + 1 tokens of a frame ([CLS] first),
+T = Σ V·F·N tokens of all views of a sample, D width, S kept patches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -90,8 +98,37 @@ def resize_positions(table: Float[Array, "old D"], grid: int) -> Float[Array, "n
     return jnp.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageViews:
+    """Views of one shape, those of a sample next to each other; masking as in `VisionEncoder.embed`."""
+
+    pixels: UInt8[Array, "B·V F height width 3"] | Float[Array, "B·V F height width 3"]
+    keep: Int[Array, "B·V S"] | None = None
+    replaced: Bool[Array, "B·V P"] | None = None
+    count: int = 1  # V
+
+    def embed(self, encoder: VisionEncoder) -> Float[Array, "B V F N D"]:
+        """Their embeddings, view by view."""
+        x = encoder.embed(self.pixels, self.keep, self.replaced)
+        return x.reshape(-1, self.count, *x.shape[1:])
+
+
+Shapes = Sequence[tuple[int, ...]]  # (V, F, N) of the views that lie side by side
+
+
+def side_by_side(views: Sequence[Float[Array, "B _ F _ D"]]) -> Float[Array, "B T D"]:
+    """Views of the same samples, joined along the axis of tokens."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in views], axis=1)
+
+
+def take_apart(x: Float[Array, "B T *D"], shapes: Shapes) -> list[Float[Array, "B _ F _ *D"]]:
+    """Undoes `side_by_side`."""
+    parts = jax.lax.split(x, [math.prod(shape) for shape in shapes], axis=1)
+    return [part.reshape(x.shape[0], *shape, *x.shape[2:]) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class FrameAttention(nnx.Module):
-    """A patch attends to its own frame; the [CLS] of every frame attends to all tokens of all frames."""
+    """A patch attends to its own frame; the [CLS] of every frame attends to all tokens of all frames of its view."""
 
     def __init__(self, config: VisionConfig, precision: Precision, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.width**-0.5)
@@ -100,29 +137,32 @@ class FrameAttention(nnx.Module):
         self.out = precision.linear(config.width, config.width, out_init, rngs)
         self.implementation = config.attention
 
-    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
-        query, key, value = self.qkv(x)  # (B, F, N, H, d)
-        b, f, n = query.shape[:3]
+    def __call__(self, x: Float[Array, "B T D"], shapes: Shapes) -> Float[Array, "B T D"]:
+        apart = zip(*(take_apart(y, shapes) for y in self.qkv(x)), strict=True)
+        return self.out(merge_heads(jnp.concatenate([self.read(*view) for view in apart], axis=1)))
 
-        def frames_apart(y):  # (B, F, …) → (B·F, …)
-            return y.reshape(b * f, *y.shape[2:])
+    def read(
+        self, query: Float[Array, "B V F N H d"], key: Float[Array, "B V F N H d"], value: Float[Array, "B V F N H d"]
+    ) -> Float[Array, "B M H d"]:
+        """Attention within views of one shape; M = V·F·N."""
+        b, v, f, n, *head = query.shape
 
-        def frames_joined(y):  # (B, F, N, H, d) → (B, F·N, H, d)
-            return y.reshape(b, f * n, *y.shape[3:])
+        def by_frame(x):  # (B, V, F, …) → (B·V·F, …)
+            return x.reshape(b * v * f, *x.shape[3:])
+
+        def by_view(x):  # (B, V, F, N, H, d) → (B·V, F·N, H, d)
+            return x.reshape(b * v, f * n, *head)
 
         def within(query):  # of a frame
-            keys, values = frames_apart(key), frames_apart(value)
-            return attend(frames_apart(query), keys, values, implementation=self.implementation)
+            return attend(by_frame(query), by_frame(key), by_frame(value), implementation=self.implementation)
 
         if f == 1:  # [CLS] sees what the patches see: one call
-            y = within(query).reshape(query.shape)
-        else:
-            # (B, F, H, d); a few queries gain nothing from a fused kernel
-            cls = attend(query[:, :, 0], frames_joined(key), frames_joined(value))
-            patches = within(query[:, :, 1:])
-            patches = patches.reshape(b, f, n - 1, *patches.shape[2:])
-            y = jnp.concatenate([cls[:, :, None], patches], axis=2)
-        return self.out(merge_heads(y))
+            return within(query).reshape(b, v * n, *head)
+        # (B·V, F, H, d); a few queries gain nothing from a fused kernel
+        cls = attend(query[..., 0, :, :].reshape(b * v, f, *head), by_view(key), by_view(value))
+        patches = within(query[..., 1:, :, :]).reshape(b, v, f, n - 1, *head)
+        y = jnp.concatenate([cls.reshape(b, v, f, 1, *head), patches], axis=3)
+        return y.reshape(b, v * f * n, *head)
 
 
 class VisionBlock(nnx.Module):
@@ -143,8 +183,8 @@ class VisionBlock(nnx.Module):
             down_init=nnx.initializers.normal(c.width**-0.5 * (2 * c.layers) ** -0.5),
         )
 
-    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
-        x = x + self.attention(self.norm_1(x))
+    def __call__(self, x: Float[Array, "B T D"], shapes: Shapes) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.norm_1(x), shapes)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -170,6 +210,7 @@ class VisionEncoder(nnx.Module):
         self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.norm_post = precision.norm(c.width, c.epsilon, rngs)
         self.patch_size = c.patch_size
+        self.side_by_side = c.attention == "xla"
         self.dtype = precision.dtype
 
     def embed(
@@ -216,9 +257,14 @@ class VisionEncoder(nnx.Module):
         replaced: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B tokens D"]:
         """Encodes frames; arguments as in `embed`. `tokens` = F + F·P, with S for P under drop masking."""
-        x = self.norm_pre(self.embed(pixels, keep, replaced))
-        x = self.norm_post(self.blocks(x, lambda block, x, _: block(x)))
-        return class_tokens_first(x)
+        views = [self.embed(pixels, keep, replaced)[:, None]]
+        shapes = [view.shape[1:4] for view in views]
+        (x,) = take_apart(self.encode(side_by_side(views), shapes), shapes)
+        return class_tokens_first(x[:, 0])
+
+    def encode(self, x: Float[Array, "B T D"], shapes: Shapes) -> Float[Array, "B T D"]:
+        """The blocks, with the norms before and behind them, on embedded views side by side."""
+        return self.norm_post(self.blocks(self.norm_pre(x), lambda block, x, _: block(x, shapes)))
 
 
 def class_tokens_first(x: Float[Array, "B F N D"]) -> Float[Array, "B tokens D"]:

@@ -28,6 +28,7 @@ from scl_jax.models.fusion import Fused, Pairing, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
+from scl_jax.models.vision import ImageViews
 from scl_jax.partition import split_batch
 from scl_jax.types import Batch
 
@@ -296,14 +297,17 @@ def encode_views(
         pixels["replaced"] = batch.pixels
     if "matching" in pairs and batch.false_pixels is not None:
         pixels["false"] = batch.false_pixels
-    none = jnp.zeros_like(masks.replaced)
-    replaced = [masks.replaced if name == "replaced" else none for name in pixels] if "replaced" in pairs else None
-    encoded = model.encode_image(
-        interleave(list(pixels.values())), replaced=None if replaced is None else interleave(replaced)
-    )
-    images = dict(zip(pixels, separate(encoded, len(pixels)), strict=True))
+    replaced = None
+    if "replaced" in pairs:
+        none = jnp.zeros_like(masks.replaced)
+        replaced = interleave([masks.replaced if name == "replaced" else none for name in pixels])
+    views = [ImageViews(interleave(list(pixels.values())), replaced=replaced, count=len(pixels))]
     if "dropped" in pairs:
-        images["dropped"] = model.encode_image(batch.pixels, keep=masks.keep)
+        views.append(ImageViews(batch.pixels, keep=masks.keep))
+    encoded, *dropped = model.encode_images(views)
+    images = dict(zip(pixels, separate(encoded, len(pixels)), strict=True))
+    if dropped:
+        (images["dropped"],) = dropped
 
     ids = {"full": batch.token_ids}
     if "language" in pairs:

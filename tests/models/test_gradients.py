@@ -55,6 +55,14 @@ def test_layer_norm():
         same_gradients(norm, plain, (3 + normal(2, 5, 16), normal(16), normal(1, 16)[0]), WIDE)
 
 
+@pytest.mark.parametrize("widths", [(6, 9), (9, 6), (6, 6)])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", WIDE), ("float32", 1e-6)])
+def test_product(widths, dtype, rtol):
+    with jax.enable_x64(True):
+        rows, kernel = normal(7, widths[0]).astype(dtype), normal(*widths).astype(dtype)
+        same_gradients(jax.jit(layers.product), jnp.matmul, (rows, kernel), rtol)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_attention(masked, rate):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from scl_jax.models import parameters
 from scl_jax.models.fusion import FusionConfig, Pairing, Wanted
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
-from scl_jax.models.vision import VisionConfig, class_tokens_first, resize_positions
+from scl_jax.models.vision import ImageViews, VisionConfig, class_tokens_first, resize_positions
 
 B, FRAMES, PATCHES, L, D, DEPTH = 2, 3, 16, 8, 16, 2
 TOLERANCE = 1e-5
@@ -153,9 +153,38 @@ def test_dropping_patches_is_encoding_only_the_kept_ones():
     kept = jnp.concatenate(
         [embedded[:, :, :1], jnp.stack([embedded[:, f][rows, 1 + KEEP] for f in range(FRAMES)], axis=1)], axis=2
     )
-    x = vision.blocks(vision.norm_pre(kept), lambda block, x, _: block(x))
-    expected = class_tokens_first(vision.norm_post(x))
+    x = vision.encode(kept.reshape(B, -1, kept.shape[-1]), [(1, FRAMES, 1 + KEEP.shape[1])])
+    expected = class_tokens_first(x.reshape(kept.shape))
     np.testing.assert_allclose(encode(clip(), jnp.asarray(KEEP)), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("frames", [1, FRAMES])
+def test_views_side_by_side_are_views_one_by_one(frames):
+    """Two of one shape and a shorter one, those of a sample next to each other: outputs and gradients."""
+    pixels, others = clip()[:, :frames], clip(seed=1)[:, :frames]
+    replaced = jnp.asarray(np.random.default_rng(2).random((B, PATCHES)) < 0.3)
+    both = jnp.stack([pixels, others], axis=1).reshape(2 * B, *pixels.shape[1:])
+    masks = jnp.stack([jnp.zeros_like(replaced), replaced], axis=1).reshape(2 * B, PATCHES)
+    views = [ImageViews(both, replaced=masks, count=2), ImageViews(pixels, keep=jnp.asarray(KEEP))]
+
+    def one_by_one(weights) -> list[jax.Array]:
+        network = model(weights=weights)
+        full, second = network.encode_image(pixels), network.encode_image(others, replaced=replaced)
+        return [
+            jnp.stack([full, second], axis=1).reshape(2 * B, *full.shape[1:]),
+            network.encode_image(pixels, jnp.asarray(KEEP)),
+        ]
+
+    def loss(encode, weights):
+        outputs = encode(weights)
+        return sum(jnp.sum(x * random(*x.shape, seed=3)) for x in outputs), outputs
+
+    together = jax.jit(
+        jax.grad(partial(loss, lambda weights: model(weights=weights).encode_images(views)), has_aux=True)
+    )
+    apart = jax.jit(jax.grad(partial(loss, one_by_one), has_aux=True))
+    for value, expected in zip(jax.tree.leaves(together(params())), jax.tree.leaves(apart(params())), strict=True):
+        np.testing.assert_allclose(value, expected, atol=TOLERANCE * max(1.0, float(jnp.abs(expected).max())))
 
 
 def test_what_is_dropped_is_not_seen():
@@ -189,7 +218,8 @@ def test_the_mask_vector_replaces_patches_before_positions_are_added():
 def test_in_one_block_patches_see_their_frame_and_class_tokens_all_frames(token):
     x = random(1, FRAMES, 1 + PATCHES, D)
     changed = x.at[:, 1, token].set(random(D, seed=1))
-    block = jax.jit(block_of(0))
+    shapes = [(1, *x.shape[1:3])]
+    block = jax.jit(lambda x: block_of(0)(x.reshape(1, -1, D), shapes).reshape(x.shape))
     moved = np.abs(np.asarray(block(changed) - block(x))).max(axis=-1)[0]  # (F, N)
     assert (moved[:, 0] > 0).all(), "the [CLS] of every frame sees it"
     assert (moved[1] > 0).all(), "its own frame sees it"

@@ -7,7 +7,8 @@
 
 `draw_masks` decides everything random, `encode_views` runs the encoders, `fuse_pairs` the fusion encoder, whose first
 layer makes pairs of the views (`pair_up`). Passes of one shape go through a network together, stacked next to each
-other sample by sample: (B, V, …) → (B·V, …) keeps a sample on its device.
+other sample by sample: (B, V, …) → (B·V, …) keeps a sample on its device. The dropped view, which is shorter, goes
+through the vision encoder beside the others, joined to them along the axis of tokens (`vision.py:side_by_side`).
 
 Axes: B batch, F frames, P patches of a frame, L text tokens, N visual tokens, D width, S kept patches, R replaced
 patches, M language slots, T completion slots, V views that share a pass.

@@ -74,7 +74,7 @@ class SCL(nnx.Module):
     @jax.named_scope("vision")
     def encode_images(self, views: Sequence[ImageViews]) -> list[Float[Array, "_ _ D"]]:
         """(B·V, N, D) of several views of the same samples; side by side through the encoder where that is faster."""
-        if len(views) > 1 and not self.vision.side_by_side:
+        if len(views) > 1 and not self.vision.joins_views:
             return [self.encode_images([view])[0] for view in views]
         embedded = [view.embed(self.vision) for view in views]
         shapes = [x.shape[1:4] for x in embedded]

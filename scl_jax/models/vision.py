@@ -210,7 +210,7 @@ class VisionEncoder(nnx.Module):
         self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.norm_post = precision.norm(c.width, c.epsilon, rngs)
         self.patch_size = c.patch_size
-        self.side_by_side = c.attention == "xla"
+        self.joins_views = c.attention == "xla"
         self.dtype = precision.dtype
 
     def embed(

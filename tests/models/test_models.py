@@ -158,8 +158,8 @@ def test_dropping_patches_is_encoding_only_the_kept_ones():
     np.testing.assert_allclose(encode(clip(), jnp.asarray(KEEP)), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("frames", [1, FRAMES])
-def test_views_side_by_side_are_views_one_by_one(frames):
+@pytest.mark.parametrize(("frames", "joined"), [(1, True), (FRAMES, True), (1, False)])
+def test_views_side_by_side_are_views_one_by_one(frames, joined):
     """Two of one shape and a shorter one, those of a sample next to each other: outputs and gradients."""
     pixels, others = clip()[:, :frames], clip(seed=1)[:, :frames]
     replaced = jnp.asarray(np.random.default_rng(2).random((B, PATCHES)) < 0.3)
@@ -175,13 +175,16 @@ def test_views_side_by_side_are_views_one_by_one(frames):
             network.encode_image(pixels, jnp.asarray(KEEP)),
         ]
 
+    def all_at_once(weights) -> list[jax.Array]:
+        network = model(weights=weights)
+        network.vision.joins_views = joined
+        return network.encode_images(views)
+
     def loss(encode, weights):
         outputs = encode(weights)
         return sum(jnp.sum(x * random(*x.shape, seed=3)) for x in outputs), outputs
 
-    together = jax.jit(
-        jax.grad(partial(loss, lambda weights: model(weights=weights).encode_images(views)), has_aux=True)
-    )
+    together = jax.jit(jax.grad(partial(loss, all_at_once), has_aux=True))
     apart = jax.jit(jax.grad(partial(loss, one_by_one), has_aux=True))
     for value, expected in zip(jax.tree.leaves(together(params())), jax.tree.leaves(apart(params())), strict=True):
         np.testing.assert_allclose(value, expected, atol=TOLERANCE * max(1.0, float(jnp.abs(expected).max())))

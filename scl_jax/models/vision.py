@@ -257,10 +257,9 @@ class VisionEncoder(nnx.Module):
         replaced: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B tokens D"]:
         """Encodes frames; arguments as in `embed`. `tokens` = F + F·P, with S for P under drop masking."""
-        views = [self.embed(pixels, keep, replaced)[:, None]]
-        shapes = [view.shape[1:4] for view in views]
-        (x,) = take_apart(self.encode(side_by_side(views), shapes), shapes)
-        return class_tokens_first(x[:, 0])
+        x = self.embed(pixels, keep, replaced)
+        b, f, n, d = x.shape
+        return class_tokens_first(self.encode(x.reshape(b, f * n, d), [(1, f, n)]).reshape(x.shape))
 
     def encode(self, x: Float[Array, "B T D"], shapes: Shapes) -> Float[Array, "B T D"]:
         """The blocks, with the norms before and behind them, on embedded views side by side."""

@@ -6,6 +6,12 @@ the machine does hits both alike. Prints medians, the ratio, and the peak memory
     python benchmarks/compare.py --config=configs/pretrain_image.py --batch=2 --dtype=float32 --threads=2 --repeats=3
     python benchmarks/compare.py --config=configs/pretrain_video.py --stream=videos --batch=1 --one_at_a_time --rounds=2
     python benchmarks/compare.py --debug --batch=4      # toy size; torch_compiled takes minutes to compile on a CPU
+
+What a change brings, where a machine is noisy: steps of this checkout and of another one in turn. Few layers of full
+width, so that both fit into memory.
+
+    git worktree add ../before HEAD~1
+    python benchmarks/compare.py --sides ours before --before=../before --layers 4 2 4 --unroll=12 --repeats=12
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SIDES = ("ours", "torch", "torch_compiled")
+SIDES = ("ours", "before", "torch", "torch_compiled")  # "before": ours of another checkout
 PREFIX = "@@"  # marks a worker's answers among whatever libraries print
 
 
@@ -42,12 +48,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--sides", nargs="+", default=["ours", "torch"], choices=SIDES)
+    parser.add_argument("--before", default="", help="the other checkout's folder, for the side of that name")
+    parser.add_argument("--layers", type=int, nargs=3, metavar=("VISION", "TEXT", "FUSION"), help="fewer layers")
     parser.add_argument("--one_at_a_time", action="store_true", help="one after the other, for large batches")
     parser.add_argument("--rounds", type=int, default=1, help="with new processes: sides one at a time alternate")
     parser.add_argument("--debug", action="store_true", help="a tiny network")
     parser.add_argument("--json", default="")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if "before" in options.sides and not (Path(options.before or ".none") / "scl_jax").is_dir():
+        parser.error(f"--before must name another checkout of this repository, not {options.before!r}")
+    return options
 
 
 # ---- one side, in its own process ----
@@ -61,6 +74,8 @@ def load_config(options: argparse.Namespace) -> Any:
     config.debug = options.debug
     config.model.update(remat=options.remat, unroll=options.unroll)
     config.model.update(dropout=options.dropout, attention_dropout=options.dropout)
+    for part, layers in zip(("vision", "text", "fusion"), options.layers or (), strict=False):
+        config.model[part].layers = layers
     config = complete(config, options.stream, options.batch)
     config.model.dtype = options.dtype
     return config
@@ -71,7 +86,7 @@ def make_side(options: argparse.Namespace) -> Any:
     from scl_jax.benchmark import workload
 
     config = load_config(options)
-    if options.worker == "ours":
+    if options.worker in ("ours", "before"):
         return workload.Training(config, options.stream)
     import torch
     import torch_baseline
@@ -86,7 +101,7 @@ def peak_memory(options: argparse.Namespace) -> int:
     """Peak bytes of the GPU, or of this process."""
     if options.device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if options.worker == "ours":
+    if options.worker in ("ours", "before"):
         from scl_jax.benchmark.step import peak_memory as ours
 
         return ours()
@@ -125,18 +140,18 @@ def answer(message: dict[str, float]) -> None:
 class Side:
     """A worker process."""
 
-    def __init__(self, name: str, argv: Sequence[str], device: str):
+    def __init__(self, name: str, argv: Sequence[str], device: str, root: Path):
         environment = os.environ | {
-            "JAX_PLATFORMS": device if name == "ours" else "cpu",
+            "JAX_PLATFORMS": device if name in ("ours", "before") else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
             # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, str(Path(__file__)), *argv, f"--worker={name}"]
         self.name = name
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.seconds: list[float] = []
         self.ready_seconds = self.read()["ready_seconds"]
@@ -178,11 +193,12 @@ def run_round(names: Sequence[str], options: argparse.Namespace, argv: Sequence[
     sides = []
     for name in names:
         try:
-            sides.append(Side(name, argv, options.device))
+            root = Path(options.before).resolve() if name == "before" else ROOT
+            sides.append(Side(name, argv, options.device, root))
         except RuntimeError as error:
             results[name] = {"error": str(error)}
-    for _ in range(options.repeats):
-        for side in sides:
+    for number in range(options.repeats):
+        for side in sides if number % 2 == 0 else reversed(sides):  # neither always follows the other
             side.step()
     return results | {side.name: side.end() for side in sides}
 
@@ -237,6 +253,9 @@ def main(argv: Sequence[str]) -> None:
         if name != "ours" and "error" not in r and "median_seconds" in ours:
             ratio, memory = r["median_seconds"] / ours["median_seconds"], ours["peak_bytes"] / r["peak_bytes"]
             print(f"  ours is {ratio:.2f} times as fast as {name}, with {memory:.2f} of its peak memory")
+            if not options.one_at_a_time:
+                shares = [mine / other for mine, other in zip(ours["seconds"], r["seconds"], strict=True)]
+                print(f"  ours takes {statistics.median(shares):.3f} of the time of {name}, the median of step by step")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps({"options": vars(options), "results": results}, indent=2) + "\n")

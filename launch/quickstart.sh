@@ -22,7 +22,7 @@ python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA" --train_tokeniz
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # do not look for a TPU where launch/test.sh has installed its compiler
 # glibc returns the memory of every step to the system; large pages, and keeping what the main thread frees, spare a
-# quarter of the processor time of a step of so small a network. Not one arena for all threads: compilation leaves it
+# third of the processor time of a step of so small a network. Not one arena for all threads: compilation leaves it
 # in pieces, and whoever decodes pictures then searches them (benchmarks/RESULTS.md, "A run").
 keep=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=64000000000:glibc.malloc.top_pad=67108864
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$keep}

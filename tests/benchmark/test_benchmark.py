@@ -72,6 +72,24 @@ def test_the_comparison_gives_both_sides_one_config():
     assert (config.data.images.batch_size, config.model.dtype, config.model.remat) == (8, "bfloat16", "dots")
 
 
+def test_the_comparison_takes_another_checkout_and_fewer_layers(tmp_path, capsys):
+    compare = compare_module()
+    options = compare.parse(["--sides", "ours", "before", f"--before={ROOT}", "--layers", "3", "2", "1"])
+    model = compare.load_config(options).model
+    assert (model.vision.layers, model.text.layers, model.fusion.layers) == (3, 2, 1)
+    with pytest.raises(SystemExit):
+        compare.parse(["--sides", "ours", "before", f"--before={tmp_path}"])
+    assert "must name another checkout" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_of_two_checkouts_alternate():
+    compare = compare_module()
+    argv = ["--debug", "--batch=8", "--repeats=2", "--sides", "ours", "before", f"--before={ROOT}"]
+    results = compare.compare(compare.parse(argv), argv)
+    assert len(results["ours"]["seconds"]) == len(results["before"]["seconds"]) == 2
+
+
 @pytest.mark.slow
 def test_a_step_is_timed_and_counted(config):
     results = step.measure(config, "images", 16, repeats=2, warmup=1, with_profile=True)

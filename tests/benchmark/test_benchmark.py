@@ -74,7 +74,7 @@ def test_the_comparison_gives_both_sides_one_config():
 
 def test_the_comparison_takes_another_checkout_and_fewer_layers(tmp_path, capsys):
     compare = compare_module()
-    options = compare.parse(["--sides", "ours", "before", f"--before={ROOT}", "--layers", "3", "2", "1"])
+    options = compare.parse(["--batch=8", "--sides", "ours", "before", f"--before={ROOT}", "--layers", "3", "2", "1"])
     model = compare.load_config(options).model
     assert (model.vision.layers, model.text.layers, model.fusion.layers) == (3, 2, 1)
     with pytest.raises(SystemExit):

@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    if "before" in options.sides and not (Path(options.before or ".none") / "scl_jax").is_dir():
+    if "before" in options.sides and not options.worker and not (Path(options.before or ".none") / "scl_jax").is_dir():
         parser.error(f"--before must name another checkout of this repository, not {options.before!r}")
     return options
 

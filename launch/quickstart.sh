@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to an evaluated model on a laptop:  bash launch/quickstart.sh
-# Sets up .venv, makes the toy world, pre-trains on its images and clips, evaluates. 5 to 11 minutes on 2 CPU cores.
+# Sets up .venv, makes the toy world, pre-trains on its images and clips, evaluates. 5 to 15 minutes on 2 CPU cores.
 # WORKDIR=… and DATA=… choose other folders; further arguments go to the training command (--config.train.steps=100).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -109,25 +109,13 @@ def plain_attention_backward(dropout_rate, kept, gradient):
     along = (gradient * y).sum(axis=-1).swapaxes(1, 2)[..., None]  # (B, H, Q, 1)
     gradient = gradient.astype(value.dtype)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    value_gradient = sum_over_queries(dropped, gradient)
+    value_gradient = jnp.einsum("bhqk,bqhd->bhdk", dropped, gradient).transpose(0, 3, 1, 2)
     of_weights = jnp.einsum("bqhd,bkhd->bhqk", gradient, value, preferred_element_type=weights.dtype)
     of_logits = weights * (dropout(of_weights, dropout_rate, dropout_key) - along)
     of_logits = of_logits.astype(query.dtype)
     query_gradient = scaled(jnp.einsum("bhqk,bkhd->bhqd", of_logits, key).swapaxes(1, 2))
-    key_gradient = sum_over_queries(of_logits, scaled(query))
+    key_gradient = jnp.einsum("bhqk,bqhd->bhdk", of_logits, scaled(query)).transpose(0, 3, 1, 2)
     return query_gradient, key_gradient, value_gradient, None, None
-
-
-def sum_over_queries(weights: Float[Array, "B H Q K"], x: Float[Array, "B Q H d"]) -> Float[Array, "B K H d"]:
-    """`Σ_q weights · x`, as a product of (d, Q) and (Q, K); on a CPU the left factor is read by columns."""
-
-    def on_cpu(weights, x):
-        return jnp.einsum("bhqd,bhqk->bhdk", jax.lax.optimization_barrier(x.swapaxes(1, 2)), weights)
-
-    def elsewhere(weights, x):
-        return jnp.einsum("bhqk,bqhd->bhdk", weights, x)
-
-    return jax.lax.platform_dependent(weights, x, cpu=on_cpu, default=elsewhere).transpose(0, 3, 1, 2)
 
 
 plain_attention.defvjp(plain_attention_forward, plain_attention_backward)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SIDES = ("ours", "before", "torch", "torch_compiled")  # "before": ours of another checkout
+OURS = ("ours", "before")  # of this checkout and of another one
+SIDES = (*OURS, "torch", "torch_compiled")
 PREFIX = "@@"  # marks a worker's answers among whatever libraries print
 
 
@@ -86,7 +87,7 @@ def make_side(options: argparse.Namespace) -> Any:
     from scl_jax.benchmark import workload
 
     config = load_config(options)
-    if options.worker in ("ours", "before"):
+    if options.worker in OURS:
         return workload.Training(config, options.stream)
     import torch
     import torch_baseline
@@ -101,7 +102,7 @@ def peak_memory(options: argparse.Namespace) -> int:
     """Peak bytes of the GPU, or of this process."""
     if options.device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if options.worker in ("ours", "before"):
+    if options.worker in OURS:
         from scl_jax.benchmark.step import peak_memory as ours
 
         return ours()
@@ -142,7 +143,7 @@ class Side:
 
     def __init__(self, name: str, argv: Sequence[str], device: str, root: Path):
         environment = os.environ | {
-            "JAX_PLATFORMS": device if name in ("ours", "before") else "cpu",
+            "JAX_PLATFORMS": device if name in OURS else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
             # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),

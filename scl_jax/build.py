@@ -51,11 +51,11 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
 
 
 def attention(config: ConfigDict) -> str:
-    """How attention is computed, "xla", "cudnn" or "fused": "auto" takes fused kernels on a GPU in bfloat16."""
+    """The `implementation` of `models/attention.py:attend`: "auto" takes what suits the platform."""
     if config.model.attention != "auto":
         return config.model.attention
-    on_gpu = jax.default_backend() == "gpu"
-    return "fused" if on_gpu and config.model.dtype == "bfloat16" else "xla"
+    on_gpu, on_cpu = (jax.default_backend() == platform for platform in ("gpu", "cpu"))
+    return "by_head" if on_cpu else "fused" if on_gpu and config.model.dtype == "bfloat16" else "xla"
 
 
 def unroll(config: ConfigDict) -> int:

@@ -137,6 +137,9 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         ConfigError: the config cannot run on so many devices.
     """
     start = time.perf_counter()
+    if config.model.attention == "auto":
+        config = config.copy_and_resolve_references()
+        config.model.attention = "xla"  # what it is on a TPU; this process runs on a CPU
     check(config, 0, len(devices), max(1, len({device.process_index for device in devices})))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     vocabulary = config.model.text.vocab_size

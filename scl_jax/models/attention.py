@@ -1,4 +1,4 @@
-"""Attention: projections to heads, the plain way that runs anywhere, and fused kernels on GPUs.
+"""Attention: projections to heads, the plain way that runs anywhere, and others for CPUs and GPUs.
 
 Axes: B batch, Q queries, K keys, H heads, d width of a head, D = H·d.
 """
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from scl_jax.models.attention_by_head import WORTHWHILE, attention_by_head
 from scl_jax.models.dropout import dropout
 from scl_jax.models.flash_attention import HEAD_WIDTHS, flash_attention
 from scl_jax.models.layers import Precision, add_bias, product
@@ -56,11 +57,15 @@ def attend(
 
     Args:
         key_mask: which keys count; real keys first, then padding (only the kernels rely on the order).
-        implementation: "xla", or on a GPU in bfloat16 "fused" (our kernel, models/flash_attention.py) or "cudnn".
-            cuDNN's kernels draw dropout from a seed that is fixed at compilation, ours know heads of the widths
-            `HEAD_WIDTHS` that lie on one device; for the rest the plain way is taken.
+        implementation: "xla"; on a CPU "by_head" (models/attention_by_head.py); on a GPU in bfloat16 "fused" (our
+            kernel, models/flash_attention.py) or "cudnn". By head go large arrays without `key_mask`, cuDNN's kernels
+            draw dropout from a seed that is fixed at compilation, ours know heads of the widths `HEAD_WIDTHS` that lie
+            on one device; for the rest the plain way is taken.
     """
     dropping = dropout_key is not None and dropout_rate > 0.0
+    large = query.shape[1] * key.shape[1] >= WORTHWHILE
+    if implementation == "by_head" and large and key_mask is None and not tensor_parallel():
+        return attention_by_head(scaled(query), key, value, dropout_rate, dropout_key)
     if implementation == "fused" and query.shape[-1] in HEAD_WIDTHS and not tensor_parallel():
         return flash_attention(query, key, value, key_mask, dropout_rate if dropping else 0.0, dropout_key)
     if implementation == "cudnn" and not dropping:

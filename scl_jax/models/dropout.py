@@ -34,18 +34,31 @@ def bernoulli(key: Key[Array, ""], probability: float, shape: tuple[int, ...]) -
     A row (the first axis) has two words of its own, made from the key; its elements are told apart by their place in
     it, up to 2³² of them.
     """
-    row, place = jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)
+    row = jnp.zeros(shape, jnp.uint32)
     if shape:
         row = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], *[1] * (len(shape) - 1)), 0)
-    for axis in range(1, len(shape)):
+    return kept(places(shape, 1), *row_words(key, row), probability)
+
+
+def places(shape: tuple[int, ...], first_axis: int = 0) -> UInt32[Array, "*shape"]:
+    """Each element's place among those that differ from it in the axes from `first_axis` on, the last one fastest."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis in range(first_axis, len(shape)):
         place = place * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return kept(place, *row_words(key, row), probability)
+    return place
 
 
 def row_words(key: Key[Array, ""], row: UInt32[Array, "*S"]) -> tuple[UInt32[Array, "*S"], UInt32[Array, "*S"]]:
     """The two words of each row."""
     words = jax.random.key_data(key)
     return mix(row ^ words[0]), mix(mix(row ^ words[-1]) + jnp.uint32(0x9E3779B9))
+
+
+def sample_words(key: Key[Array, ""] | None, rows: int) -> UInt32[Array, "rows 2"]:
+    """The two words of each of the first `rows` rows, side by side; zeros without a key."""
+    if key is None:
+        return jnp.zeros((rows, 2), jnp.uint32)
+    return jnp.stack(row_words(key, jnp.arange(rows, dtype=jnp.uint32)), axis=1)
 
 
 def kept(
@@ -64,5 +77,9 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
     """Inverted dropout; the identity without a key or at rate 0."""
     if key is None or rate == 0.0:
         return x
-    keep = bernoulli(key, 1.0 - rate, x.shape)
+    return drop(x, bernoulli(key, 1.0 - rate, x.shape), rate)
+
+
+def drop(x: Float[Array, "*S"], keep: Bool[Array, "*S"], rate: float) -> Float[Array, "*S"]:
+    """`x / (1 - rate)` where `keep`, 0 elsewhere."""
     return jnp.where(keep, x * (1.0 / (1.0 - rate)), 0.0).astype(x.dtype)

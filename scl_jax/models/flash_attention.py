@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from scl_jax.models.dropout import kept, row_words
+from scl_jax.models.dropout import kept, sample_words
 from scl_jax.partition import by_sample
 
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -62,9 +62,7 @@ def flash_attention(
     lengths = jnp.full(b, keys, jnp.int32)
     if key_mask is not None:
         lengths = jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
-    words = jnp.zeros((b, 2), jnp.uint32)
-    if dropout_key is not None:
-        words = jnp.stack(row_words(dropout_key, jnp.arange(b, dtype=jnp.uint32)), axis=1)
+    words = sample_words(dropout_key, b)
     plan = Plan(dropout_rate if dropout_key is not None else 0.0, interpret=interpret)
     return attention(plan, query, key, value, lengths, words)
 

@@ -34,7 +34,7 @@ class TextConfig:
     attention_dropout: float = 0.1
     remat: str = "none"
     unroll: int = 1  # layers a turn of the loop over layers
-    attention: str = "xla"  # or "cudnn"
+    attention: str = "xla"  # see `attend`
     epsilon: float = 1e-5  # RoBERTa's
 
 

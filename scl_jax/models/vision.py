@@ -41,7 +41,7 @@ class VisionConfig:
     max_frames: int = 8
     remat: str = "none"
     unroll: int = 1  # layers a turn of the loop over layers
-    attention: str = "xla"  # or "cudnn"
+    attention: str = "xla"  # see `attend`
     epsilon: float = 1e-5  # CLIP's
 
 

@@ -73,7 +73,8 @@ def test_kernels_get_even_lengths_and_dropout_goes_the_plain_way(monkeypatch):
         ("gpu", "bfloat16", "auto", "fused"),
         ("gpu", "float32", "auto", "xla"),
         ("gpu", "bfloat16", "xla", "xla"),
-        ("cpu", "bfloat16", "auto", "xla"),
+        ("cpu", "bfloat16", "auto", "by_head"),
+        ("cpu", "float32", "xla", "xla"),
         ("tpu", "bfloat16", "auto", "xla"),
     ],
 )

@@ -48,7 +48,7 @@ def test_the_full_size_step_costs_two_thirds_of_the_references(remat, most):
     """ViT-B/16 at 288 px, 50 tokens, all objectives: what is traced is counted, scans by their length."""
     rows = 16
     config = pretrain_image.get_config()
-    config.model.remat = remat
+    config.model.update(remat=remat, attention="xla")  # as on a TPU; on a CPU logits are computed twice
     config = finalize(config, config.model.text.vocab_size)
     task = build.pretraining(config, config.model.text.vocab_size, mask_id=4)
     graph, params = parameters.abstract(build.model_maker(config))

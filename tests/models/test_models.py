@@ -27,12 +27,13 @@ TOLERANCE = 1e-5
 SIZES = {"width": D, "layers": DEPTH, "heads": 2, "mlp_width": 32}
 
 
-def config_of(remat: str = "none", dropout: float = 0.0) -> SCLConfig:
+def config_of(remat: str = "none", dropout: float = 0.0, attention: str = "xla") -> SCLConfig:
+    shared = {**SIZES, "remat": remat, "attention": attention}
     rates = {"dropout": dropout, "attention_dropout": dropout}
     return SCLConfig(
-        vision=VisionConfig(**SIZES, patch_size=8, image_size=32, max_frames=FRAMES, remat=remat),
-        text=TextConfig(**SIZES, vocab_size=40, max_positions=20, remat=remat, **rates),
-        fusion=FusionConfig(**SIZES, remat=remat, **rates),
+        vision=VisionConfig(**shared, patch_size=8, image_size=32, max_frames=FRAMES),
+        text=TextConfig(**shared, vocab_size=40, max_positions=20, **rates),
+        fusion=FusionConfig(**shared, **rates),
         projection_width=8,
     )
 
@@ -51,8 +52,8 @@ def made_before_any_trace():
     params()
 
 
-def model(remat: str = "none", dropout: float = 0.0, weights=None) -> SCL:
-    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat, dropout), rngs))
+def model(remat: str = "none", dropout: float = 0.0, weights=None, attention: str = "xla") -> SCL:
+    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat, dropout, attention), rngs))
     return parameters.merge(graph, params() if weights is None else weights)
 
 
@@ -349,6 +350,22 @@ def test_rematerialisation_changes_no_number(remat):
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for path, x in expected_gradient.items():
         np.testing.assert_allclose(gradient[path], x, atol=1e-5 * max(1.0, float(jnp.abs(x).max())), err_msg=path)
+
+
+def test_attention_by_head_changes_no_number_of_the_whole_network(monkeypatch):
+    monkeypatch.setattr("scl_jax.models.attention.WORTHWHILE", 1)
+
+    def value_and_gradient(remat: str, attention: str):
+        loss = partial(everything, key=jax.random.key(0))
+        run = jax.value_and_grad(lambda p: loss(model(remat, 0.3, p, attention)))
+        return jax.jit(run)(params())
+
+    (value, gradient), (expected, expected_gradient) = (
+        value_and_gradient(*way) for way in (("full", "by_head"), ("none", "xla"))
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(jnp.abs(y).max())))
 
 
 def test_dropout_acts_only_with_a_key_and_repeats_with_it():

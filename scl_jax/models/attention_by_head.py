@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from scl_jax.models.dropout import drop, kept, places, sample_words
 from scl_jax.partition import by_sample
 
-WORTHWHILE = 32_768  # logits of a head; with fewer of them all heads together do as well (benchmarks/RESULTS.md)
+WORTHWHILE = 32_768  # logits of a head; with far fewer there is little to gain (benchmarks/RESULTS.md)
 BLOCK = 327_680  # logits of a block, if it is more than one head: 1.25 MiB in float32
 
 

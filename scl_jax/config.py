@@ -70,7 +70,8 @@ def _model() -> ConfigDict:
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             "remat": "none",  # none | dots | full
-            # auto | xla | by_head (for CPUs) | fused | cudnn: kernels for GPUs, in bfloat16; cuDNN's know no dropout
+            # auto | xla | by_head (for CPUs) | fused | cudnn; the last two are kernels for GPUs, in bfloat16, and
+            # those of cuDNN know no dropout
             "attention": "auto",
             # layers that a turn of the loop over layers holds: faster steps, longer compilation; 0: all on GPUs, else 1
             "unroll": 0,

@@ -66,8 +66,7 @@ def forward(rate: float, query, key, value, words):
     """Output (B, Q, H, d); of each query's logits the largest, and 1 / Σ exp(logit - largest), both (B, Q, H, 1)."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
-    def of_block(xs):
-        query, key, value, place = xs
+    def of_block(place, query, key, value):
         logits = jnp.einsum("hqd,hkd->hqk", query, key, preferred_element_type=wide)
         largest = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
@@ -76,18 +75,14 @@ def forward(rate: float, query, key, value, words):
         y = jnp.einsum("hqk,hkd->hqd", dropped, value, preferred_element_type=wide)
         return (y * inverse).astype(value.dtype), largest, inverse
 
-    size = heads_of_block(query, key)
-    parts = [into_blocks(x, size) for x in (query, key, value)]
-    found = jax.lax.map(of_block, (*parts, places_of_blocks(query, key, words, size)))
-    return tuple(from_blocks(x, len(query)) for x in found)
+    return block_by_block(of_block, words, query, key, value)
 
 
 def backward(rate: float, query, key, value, words, gradient, along, largest):
     """∂q, ∂k and ∂v; `gradient` is ∂o / z, `along` (∂o / z)·o."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
-    def of_block(xs):
-        query, key, value, gradient, along, largest, place = xs
+    def of_block(place, query, key, value, gradient, along, largest):
         weights = jnp.exp(jnp.einsum("hqd,hkd->hqk", query, key, preferred_element_type=wide) - largest)
         dropout = dropout_of_block(rate, weights.shape, place)
         of_weights = jnp.einsum("hqd,hkd->hqk", gradient, value, preferred_element_type=wide)
@@ -97,13 +92,21 @@ def backward(rate: float, query, key, value, words, gradient, along, largest):
         value_gradient = jnp.einsum("hqk,hqd->hkd", dropout(weights).astype(value.dtype), gradient)
         return query_gradient, key_gradient, value_gradient
 
-    size = heads_of_block(query, key)
-    parts = [into_blocks(x, size) for x in (query, key, value, gradient, along, largest)]
-    found = jax.lax.map(of_block, (*parts, places_of_blocks(query, key, words, size)))
-    return tuple(from_blocks(x, len(query)) for x in found)
+    return block_by_block(of_block, words, query, key, value, gradient, along, largest)
 
 
 # ---- blocks ----
+
+
+def block_by_block(of_block: Callable, words, query, key, *others) -> tuple[Array, ...]:
+    """`of_block(place, query, key, *others)` for each block, one after the other; arrays (B, T, H, d) on both sides.
+
+    It gets and gives parts (h, T, d), and the `place` that `dropout_of_block` asks for.
+    """
+    size = heads_of_block(query, key)
+    parts = [into_blocks(x, size) for x in (query, key, *others)]
+    found = jax.lax.map(lambda xs: of_block(*xs), (places_of_blocks(query, key, words, size), *parts))
+    return tuple(from_blocks(x, len(query)) for x in found)
 
 
 def heads_of_block(query: Float[Array, "B Q H d"], key: Float[Array, "B K H d"]) -> int:

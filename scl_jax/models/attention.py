@@ -73,6 +73,11 @@ def attend(
     return plain_attention(dropout_rate, query, key, value, key_mask, dropout_key)
 
 
+def takes_parts(implementation: str) -> bool:
+    """Whether `attend` reads parts of an array where they lie; kernels take whole arrays, cutting them out copies."""
+    return implementation in ("xla", "by_head")
+
+
 # ---- the plain way, which keeps one array of size Q · K for the backward pass; left to itself XLA keeps three ----
 #
 # With logits l = q·k / √d of a query and a key, w = exp(l - max l), z = Σ w over the keys, m the dropout mask over its

@@ -1,23 +1,30 @@
 """Fusion encoder: two streams with co-attention (METHOD section 3).
 
-Axes: B batch of pairs, T texts and I images they are made of (each B without a `Pairing`), F frames, L text tokens,
-N visual tokens (F [CLS] first, then patches), D width, J = 2D joint width.
+Pairs that are made of the same samples go through it side by side (models/segments.py), also where their images have
+different numbers of tokens.
+
+Axes: B batch, F frames, L text tokens, N visual tokens (F [CLS] first, then patches), S and R some of them, T and I
+tokens of all texts and images of a sample, D width, J = 2D joint width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.attention import attention_weights
+from scl_jax.models.attention import attention_weights, takes_parts
 from scl_jax.models.layers import Precision, split_key, spread
 from scl_jax.models.post_norm import PostNormConfig, PostNormLayer
+from scl_jax.models.segments import Lengths, Segments, Slots
 from scl_jax.models.stack import Stack
 
 TEXT_TYPE, IMAGE_TYPE, SECOND_IMAGE_TYPE = 0, 1, 2  # rows of the token-type table
@@ -86,15 +93,43 @@ class Fused:
         return self.image[:, self.frames :].reshape(b, self.frames, (n - self.frames) // self.frames, d)
 
 
+class Sizes(NamedTuple):
+    """Tokens of the segments of both streams."""
+
+    text: Lengths
+    image: Lengths
+
+
+class WantedSlots(NamedTuple):
+    """What is `Wanted` of each of several pairs, as places among the tokens of all."""
+
+    text: Slots
+    image: Slots
+
+
+def wanted_side_by_side(wanted: Sequence[Wanted], sizes: Sizes) -> WantedSlots:
+    """Of pairs with these sizes."""
+
+    def slots(places: Sequence[Int[Array, "B _"]], lengths: Lengths) -> Slots:
+        starts = accumulate(lengths, initial=0)
+        moved = [x + start for x, start in zip(places, starts, strict=False)]
+        return Slots(jnp.concatenate(moved, axis=1), tuple(x.shape[1] for x in places))
+
+    return WantedSlots(slots([w.text for w in wanted], sizes.text), slots([w.image for w in wanted], sizes.image))
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """Which texts are fused with which images, where some take part in several pairs.
+    """Which texts of a sample are fused with which images; one may take part in several pairs, or in none.
 
-    Each function turns rows of texts, or of images, into rows of pairs: (T, …) or (I, …) → (B, …), whatever they hold.
+    Each function turns segments of the sizes `views` into those of the sizes `pairs`, whatever their tokens hold:
+    (B, T, …) or (B, I, …) → (B, tokens of the pairs, …).
     """
 
     text: Callable[[Array], Array]
     image: Callable[[Array], Array]
+    views: Sizes
+    pairs: Sizes
 
 
 class CoAttentionLayer(nnx.Module):
@@ -107,33 +142,42 @@ class CoAttentionLayer(nnx.Module):
         self.image = PostNormLayer(layer, True, precision, rngs)
 
     def __call__(
-        self, text, image, text_mask, key, wanted: Wanted | None = None
+        self, text, image, text_mask, key, sizes: Sizes | None = None, wanted: WantedSlots | None = None
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B R D"]]:
         text_key, image_key = split_key(key, 2)
-        text_wanted, image_wanted = (None, None) if wanted is None else (wanted.text, wanted.image)
+        text_wanted, image_wanted = wanted or (None, None)
+        texts, images = sizes or (text.shape[1:2], image.shape[1:2])
         return (
-            self.text(text, text_mask, image, None, key=text_key, wanted=text_wanted),
-            self.image(image, None, text, text_mask, key=image_key, wanted=image_wanted),
+            self.text(text, text_mask, image, None, text_key, (texts, images), text_wanted),
+            self.image(image, None, text, text_mask, image_key, (images, texts), image_wanted),
         )
 
     def of_pairs(
         self, texts_and_images: tuple[Array, Array], key, *, text_mask, pairing: Pairing
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B N D"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B I D"]]:
         """The layer for pairs of what has not met before: what a stream computes alone is computed once, not by pair.
 
         That is self-attention, and the projections for cross-attention.
         """
         text, image = texts_and_images
+        views, pairs = pairing.views, pairing.pairs
         (text_key, *text_keys), (image_key, *image_keys) = (split_key(k, 3) for k in split_key(key, 2))
-        own_text = self.text.attention(text, None, text_mask, text_key)
-        own_image = self.image.attention(image, None, None, image_key)
+        own_text = self.text.attention(text, None, text_mask, text_key, Segments(views.text, views.text))
+        own_image = self.image.attention(image, None, None, image_key, Segments(views.image, views.image))
         asked, keys, values = self.text.cross_attention.project(own_text, image)
         of_text = pairing.text(asked), pairing.image(keys), pairing.image(values)
         asked, keys, values = self.image.cross_attention.project(own_image, text)
         of_image = pairing.image(asked), pairing.text(keys), pairing.text(values)
+
+        def meet(layer: PostNormLayer, own, projected, mask, keys, segments: Segments) -> Array:
+            cross_key, mlp_key = keys
+            x = layer.cross_attention.read(own, projected, mask, cross_key, segments)
+            return layer.feed_forward(x, mlp_key)
+
+        mask, text_reads, image_reads = pairing.text(text_mask), Segments(*pairs), Segments(pairs.image, pairs.text)
         return (
-            self.text.finish(pairing.text(own_text), of_text, None, text_keys),
-            self.image.finish(pairing.image(own_image), of_image, pairing.text(text_mask), image_keys),
+            meet(self.text, pairing.text(own_text), of_text, None, text_keys, text_reads),
+            meet(self.image, pairing.image(own_image), of_image, mask, image_keys, image_reads),
         )
 
 
@@ -148,10 +192,11 @@ class FusionEncoder(nnx.Module):
         self.layers = Stack(lambda rngs: CoAttentionLayer(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.text_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
         self.image_pooler = precision.linear(c.width, c.width, precision.bert_init, rngs)
+        self.joins_pairs = takes_parts(c.attention)  # of different lengths
 
     def add_types(
-        self, text: Float[Array, "T L D"], image: Float[Array, "I N D"], image_type: int = IMAGE_TYPE
-    ) -> tuple[Float[Array, "T L D"], Float[Array, "I N D"]]:
+        self, text: Float[Array, "B T D"], image: Float[Array, "B I D"], image_type: int = IMAGE_TYPE
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B I D"]]:
         """The inputs of the first layer: transformed tokens plus their token-type row."""
         types = self.token_type[...]
         of_text, of_image = (spread(types[t], x.shape, x.dtype) for t, x in ((TEXT_TYPE, text), (image_type, image)))
@@ -159,35 +204,62 @@ class FusionEncoder(nnx.Module):
 
     def __call__(
         self,
-        text: Float[Array, "T L D"],
-        text_mask: Bool[Array, "T L"],
-        image: Float[Array, "I N D"],
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
         wanted: Wanted | None = None,
-        pairing: Pairing | None = None,
     ) -> Fused:
-        """Fuses transformed tokens; `frames` of the visual tokens are [CLS], `key` switches dropout on.
+        """Fuses transformed tokens, row by row; `frames` of the visual tokens are [CLS], `key` switches dropout on.
 
-        `wanted`: which tokens of the result are read; all without it. `pairing`: the pairs to fuse (`wanted` has a row
-        for each); without it row by row.
+        `wanted`: which tokens of the result are read; all without it.
         """
-        xy, paired_mask, first = self.add_types(text, image, image_type), text_mask, None
-        if pairing is not None:
-            paired_mask = pairing.text(text_mask)
-            if self.layers.depth > 1:
-                first = partial(CoAttentionLayer.of_pairs, text_mask=text_mask, pairing=pairing)
-            else:  # the only layer is rather computed at the tokens that are wanted
-                xy = pairing.text(xy[0]), pairing.image(xy[1])
+        sizes = Sizes(text.shape[1:2], image.shape[1:2])
+        slots = None if wanted is None else wanted_side_by_side([wanted], sizes)
+        x, y = self.encode(self.add_types(text, image, image_type), text_mask, sizes, key, slots)
+        return Fused(x, y, frames)
 
-        def apply(layer: CoAttentionLayer, xy, key, wanted: Wanted | None = None):
+    def fuse_pairs(
+        self,
+        text: Float[Array, "B T D"],
+        text_mask: Bool[Array, "B T"],
+        image: Float[Array, "B I D"],
+        frames: int,
+        pairing: Pairing,
+        wanted: Sequence[Wanted],
+        key: Key[Array, ""] | None = None,
+    ) -> list[Fused]:
+        """Fuses the pairs of a `pairing`, each of which has its own `wanted` tokens, and no others."""
+        sizes, xy = pairing.pairs, self.add_types(text, image)
+        first = None
+        if self.layers.depth > 1:
+            first = partial(CoAttentionLayer.of_pairs, text_mask=text_mask, pairing=pairing)
+        else:  # the only layer is rather computed at the tokens that are wanted
+            xy = pairing.text(xy[0]), pairing.image(xy[1])
+        slots = wanted_side_by_side(wanted, sizes)
+        found = self.encode(xy, pairing.text(text_mask), sizes, key, slots, first)
+        texts, images = (jax.lax.split(x, s.lengths, axis=1) for x, s in zip(found, slots, strict=True))
+        return [Fused(x, y, frames) for x, y in zip(texts, images, strict=True)]
+
+    def encode(
+        self,
+        xy: tuple[Array, Array],
+        text_mask: Bool[Array, "B T"],
+        sizes: Sizes,
+        key: Key[Array, ""] | None,
+        wanted: WantedSlots | None = None,
+        first: Callable | None = None,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B R D"]]:
+        """The layers, the last of them at the tokens `wanted`; `first` stands for the first one."""
+
+        def apply(layer: CoAttentionLayer, xy, key, wanted: WantedSlots | None = None):
             x, y = xy
-            return layer(x, y, paired_mask, key, wanted)
+            return layer(x, y, text_mask, key, sizes, wanted)
 
         last = None if wanted is None else partial(apply, wanted=wanted)
-        x, y = self.layers(xy, apply, key, first=first, last=last)
-        return Fused(x, y, frames)
+        return self.layers(xy, apply, key, first=first, last=last)
 
     def cross_attention_maps(
         self,

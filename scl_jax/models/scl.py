@@ -91,20 +91,33 @@ class SCL(nnx.Module):
     @jax.named_scope("fusion")
     def fuse(
         self,
-        text: Float[Array, "T L D"],
-        text_mask: Bool[Array, "T L"],
-        image: Float[Array, "I N D"],
+        text: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        image: Float[Array, "B N D"],
         frames: int,
         key: Key[Array, ""] | None = None,
         image_type: int = IMAGE_TYPE,
         wanted: Wanted | None = None,
-        pairing: Pairing | None = None,
     ) -> Fused:
-        """Fuses encoded texts with encoded images or clips of `frames` frames.
+        """Fuses encoded texts with encoded images or clips of `frames` frames, row by row.
 
-        `wanted` says which tokens are read, `pairing` which texts and images meet; without it row by row.
+        `wanted` says which tokens are read.
         """
-        return self.fusion(text, text_mask, image, frames, key, image_type, wanted, pairing)
+        return self.fusion(text, text_mask, image, frames, key, image_type, wanted)
+
+    @jax.named_scope("fusion")
+    def fuse_pairs(
+        self,
+        text: Float[Array, "B T D"],
+        text_mask: Bool[Array, "B T"],
+        image: Float[Array, "B I D"],
+        frames: int,
+        pairing: Pairing,
+        wanted: Sequence[Wanted],
+        key: Key[Array, ""] | None = None,
+    ) -> list[Fused]:
+        """Fuses the pairs of a `pairing` of encoded texts and images that lie side by side."""
+        return self.fusion.fuse_pairs(text, text_mask, image, frames, pairing, wanted, key)
 
     def joint(
         self,

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from scl_jax.models.attention import Projection, attend, merge_heads
+from scl_jax.models.attention import Projection, attend, merge_heads, takes_parts
 from scl_jax.models.layers import FeedForward, Precision, gather_tokens, quick_gelu, spread
 from scl_jax.models.stack import Stack
 
@@ -210,7 +210,7 @@ class VisionEncoder(nnx.Module):
         self.blocks = Stack(lambda rngs: VisionBlock(c, precision, rngs), c.layers, c.remat, rngs, c.unroll)
         self.norm_post = precision.norm(c.width, c.epsilon, rngs)
         self.patch_size = c.patch_size
-        self.joins_views = c.attention == "xla"
+        self.joins_views = takes_parts(c.attention)
         self.dtype = precision.dtype
 
     def embed(

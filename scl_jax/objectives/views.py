@@ -6,9 +6,9 @@
              · replaced (replaced, full) · completion (full, completion-masked)
 
 `draw_masks` decides everything random, `encode_views` runs the encoders, `fuse_pairs` the fusion encoder, whose first
-layer makes pairs of the views (`pair_up`). Passes of one shape go through a network together, stacked next to each
-other sample by sample: (B, V, …) → (B·V, …) keeps a sample on its device. The dropped view, which is shorter, goes
-through the vision encoder beside the others, joined to them along the axis of tokens (`vision.py:side_by_side`).
+layer makes pairs of the views (`pair_up`). What is of one sample goes through a network together: views of one shape
+next to each other, (B, V, …) → (B·V, …), views and pairs of different lengths side by side along the axis of tokens
+(`vision.py:side_by_side`, `models/segments.py`). Either keeps a sample on its device.
 
 Axes: B batch, F frames, P patches of a frame, L text tokens, N visual tokens, D width, S kept patches, R replaced
 patches, M language slots, T completion slots, V views that share a pass.
@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scl_jax.models.fusion import Fused, Pairing, Wanted, global_tokens
+from scl_jax.models.fusion import Fused, Pairing, Sizes, Wanted, global_tokens
 from scl_jax.models.heads import unit
 from scl_jax.models.layers import split_key
 from scl_jax.models.scl import SCL
+from scl_jax.models.segments import Lengths
 from scl_jax.models.vision import ImageViews
 from scl_jax.partition import split_batch
 from scl_jax.types import Batch
@@ -52,16 +53,27 @@ PAIRS_OF = {
     "local_vision": ("replaced", "completion"),
     "local_text": ("dropped", "completion"),
 }
-SAME_SHAPE_PAIRS = ("matching", "language", "replaced", "completion")  # (full-size image, text); "dropped" is shorter
 # of what views they are made
-TEXTS_OF = {"matching": ("full",), "language": ("language",), "replaced": ("full",), "completion": ("completion",)}
-IMAGES_OF = {"matching": ("full", "false"), "language": ("full",), "replaced": ("replaced",), "completion": ("full",)}
+TEXTS_OF = {
+    "matching": ("full",),
+    "language": ("language",),
+    "replaced": ("full",),
+    "completion": ("completion",),
+    "dropped": ("full",),
+}
+IMAGES_OF = {
+    "matching": ("full", "false"),
+    "language": ("full",),
+    "replaced": ("replaced",),
+    "completion": ("full",),
+    "dropped": ("dropped",),
+}
 
 
 def pairs_needed(active: Collection[str]) -> tuple[str, ...]:
     """The fused pairs that the `active` objectives read, in a fixed order: a set's is another one in every process."""
     needed = {pair for name in active for pair in PAIRS_OF[name]}
-    return tuple(pair for pair in (*SAME_SHAPE_PAIRS, "dropped") if pair in needed)
+    return tuple(pair for pair in TEXTS_OF if pair in needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,24 +359,38 @@ def wanted_tokens(masks: Masks, pairs: Collection[str], frames: int) -> dict[str
     }
 
 
-def pair_up(pairs: list[str], texts: list[str], images: list[str], masks: Masks, group_size: int) -> Pairing:
-    """From interleaved views of the names `texts` and `images` to the interleaved `pairs`, all of one shape."""
+def pair_up(
+    pairs: Collection[str],
+    texts: Mapping[str, Float[Array, "B L D"]],
+    images: Mapping[str, Float[Array, "B _ D"]],
+    masks: Masks,
+    group_size: int,
+) -> Pairing:
+    """From the views `texts` and `images`, side by side in their order, to the `pairs` side by side."""
+    length_of = {name: x.shape[1] for name, x in images.items()}
+    views = Sizes(tuple(x.shape[1] for x in texts.values()), tuple(length_of.values()))
 
-    def text_rows(x: Array) -> Array:
-        views = dict(zip(texts, separate(x, len(texts)), strict=True))
-        return interleave([views[TEXTS_OF[pair][0]] for pair in pairs])
+    def named(x: Array, names: Collection[str], lengths: Lengths) -> dict[str, Array]:
+        return dict(zip(names, jax.lax.split(x, lengths, axis=1), strict=True))
 
-    def other_image(views: dict[str, Array]) -> Array:
-        if "false" not in views:
-            return take_partner(views["full"], masks.partner, group_size)
-        is_pair = masks.is_pair.reshape(-1, *[1] * (views["full"].ndim - 1))
-        return jnp.where(is_pair, views["full"], views["false"])
+    def text_segments(x: Array) -> Array:
+        of = named(x, texts, views.text)
+        return jnp.concatenate([of[TEXTS_OF[pair][0]] for pair in pairs], axis=1)
 
-    def image_rows(x: Array) -> Array:
-        views = dict(zip(images, separate(x, len(images)), strict=True))
-        return interleave([other_image(views) if pair == "matching" else views[IMAGES_OF[pair][0]] for pair in pairs])
+    def other_image(of: dict[str, Array]) -> Array:
+        if "false" not in of:
+            return take_partner(of["full"], masks.partner, group_size)
+        is_pair = masks.is_pair.reshape(-1, *[1] * (of["full"].ndim - 1))
+        return jnp.where(is_pair, of["full"], of["false"])
 
-    return Pairing(text_rows, image_rows)
+    def image_segments(x: Array) -> Array:
+        of = named(x, images, views.image)
+        return jnp.concatenate([other_image(of) if p == "matching" else of[IMAGES_OF[p][0]] for p in pairs], axis=1)
+
+    lengths = Sizes(
+        tuple(texts[TEXTS_OF[pair][0]].shape[1] for pair in pairs), tuple(length_of[IMAGES_OF[p][0]] for p in pairs)
+    )
+    return Pairing(text_segments, image_segments, views, lengths)
 
 
 def fuse_pairs(
@@ -376,42 +402,28 @@ def fuse_pairs(
     group_size: int,
     key: Key[Array, ""] | None = None,
 ) -> dict[str, Fused]:
-    """Fuses the named `pairs` of encoded views; `key` switches dropout on. Each has its `wanted_tokens`, no others."""
-    same_key, dropped_key = split_key(key, 2)
-    names = [name for name in SAME_SHAPE_PAIRS if name in pairs]
+    """Fuses the named `pairs` of encoded views; `key` switches dropout on. Each has its `wanted_tokens`, no others.
+
+    All side by side, or, where that would copy, the dropped pair, whose image is shorter, apart from the others.
+    """
     wanted = wanted_tokens(masks, pairs, views.frames)
+    together = [list(pairs)]
+    if not model.fusion.joins_pairs:
+        together = [[name for name in pairs if name != "dropped"], [name for name in pairs if name == "dropped"]]
     fused = {}
-    if names:
-        texts = [view for view in views.texts if any(view in TEXTS_OF[pair] for pair in names)]
-        images = [view for view in views.images if any(view in IMAGES_OF[pair] for pair in names)]
-        wanted_texts, wanted_images = ([getattr(wanted[n], kind) for n in names] for kind in ("text", "image"))
-        result = model.fuse(
-            interleave([views.texts[name] for name in texts]),
-            interleave([batch.token_mask] * len(texts)),
-            interleave([views.images[name] for name in images]),
+    for names, pass_key in zip(together, split_key(key, len(together)), strict=True):
+        if not names:
+            continue
+        texts = {view: x for view, x in views.texts.items() if any(view in TEXTS_OF[pair] for pair in names)}
+        images = {view: x for view, x in views.images.items() if any(view in IMAGES_OF[pair] for pair in names)}
+        results = model.fuse_pairs(
+            jnp.concatenate(list(texts.values()), axis=1),
+            jnp.concatenate([batch.token_mask] * len(texts), axis=1),
+            jnp.concatenate(list(images.values()), axis=1),
             views.frames,
-            same_key,
-            wanted=Wanted(interleave(same_length(wanted_texts)), interleave(same_length(wanted_images))),
-            pairing=pair_up(names, texts, images, masks, group_size),
+            pair_up(names, texts, images, masks, group_size),
+            [wanted[name] for name in names],
+            pass_key,
         )
-        for name, text, image in zip(
-            names, separate(result.text, len(names)), separate(result.image, len(names)), strict=True
-        ):
-            counts = wanted[name].text.shape[1], wanted[name].image.shape[1]
-            fused[name] = Fused(text[:, : counts[0]], image[:, : counts[1]], views.frames)
-    if "dropped" in pairs:
-        fused["dropped"] = model.fuse(
-            views.texts["full"],
-            batch.token_mask,
-            views.images["dropped"],
-            views.frames,
-            dropped_key,
-            wanted=wanted["dropped"],
-        )
+        fused |= dict(zip(names, results, strict=True))
     return fused
-
-
-def same_length(slots: list[Int[Array, "B _"]]) -> list[Int[Array, "B S"]]:
-    """Positions of several pairs as many as the longest has; the others ask for token 0 again."""
-    longest = max(x.shape[1] for x in slots)
-    return [jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in slots]

@@ -77,10 +77,12 @@ def global_norm(tree: Any) -> jax.Array:
     """√Σx² over all leaves.
 
     Rows are summed first, and kept apart from the sum of the rows: where XLA on a CPU joins both, a second goes into
-    the vocabulary's kernel alone.
+    the vocabulary's kernel alone. And squares are kept apart from those that Adam takes of the same gradient: where XLA
+    finds them to be one, it writes them all to memory.
     """
 
     def square(x: jax.Array) -> jax.Array:
+        x = jax.lax.optimization_barrier(x)
         rows = jnp.einsum("...i,...i->...", x, x, precision="highest") if x.ndim else x * x
         return jnp.sum(jax.lax.optimization_barrier(rows))
 

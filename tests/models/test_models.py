@@ -17,7 +17,8 @@ from flax import nnx
 from golden_case import GOLDEN
 
 from scl_jax.models import parameters
-from scl_jax.models.fusion import FusionConfig, Pairing, Wanted
+from scl_jax.models.fusion import FusionConfig, Pairing, Sizes, Wanted
+from scl_jax.models.layers import gather_tokens
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import ImageViews, VisionConfig, class_tokens_first, resize_positions
@@ -294,24 +295,53 @@ def test_wanted_tokens_are_those_of_the_whole_last_layer(remat):
         np.testing.assert_allclose(some, jnp.take_along_axis(every, slots[..., None], axis=1), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("remat", "depth"), [("none", 1), ("none", 2), ("full", 2)])
-def test_pairs_made_in_the_first_layer_are_those_fused_row_by_row(remat, depth):
+@pytest.mark.parametrize(("remat", "depth"), [("none", 1), ("none", 2), ("full", 2), ("none", 3)])
+def test_pairs_side_by_side_are_those_fused_row_by_row(remat, depth):
+    """Images of two lengths; one is in no pair, one text in several; each pair is read at other tokens."""
     ids, mask = text()
-    words, images = encode_text(ids, mask), random(3, FRAMES + FRAMES * PATCHES, D)
-    texts_of, images_of = jnp.asarray([0, 1, 1, 0]), jnp.asarray([2, 0, 2, 2])  # image 1 is in no pair
-    pairing = Pairing(lambda x: x[texts_of], lambda x: x[images_of])
-    wanted = Wanted(jnp.asarray([[0, 3], [0, 1], [2, 0], [0, 7]]), jnp.asarray([[0], [5], [9], [2]]))
+    texts = [encode_text(ids, mask), encode_text(ids[::-1], mask[::-1])]
+    masks = [mask, mask[::-1]]
+    images = [random(B, n, D, seed=n) for n in (9, 9, 6)]
+    texts_of, images_of = (0, 1, 1, 0), (1, 1, 2, 2)
+    text_lengths, image_lengths = (tuple(x.shape[1] for x in xs) for xs in (texts, images))
 
-    def fuse(*arguments, pairing=None):
+    def segments(x, lengths, which):
+        parts = jax.lax.split(x, lengths, axis=1)
+        return jnp.concatenate([parts[i] for i in which], axis=1)
+
+    pairing = Pairing(
+        lambda x: segments(x, text_lengths, texts_of),
+        lambda x: segments(x, image_lengths, images_of),
+        Sizes(text_lengths, image_lengths),
+        Sizes(tuple(text_lengths[i] for i in texts_of), tuple(image_lengths[i] for i in images_of)),
+    )
+    rng = np.random.default_rng(0)
+    wanted = [
+        Wanted(jnp.asarray(rng.integers(0, L, (B, s))), jnp.asarray(rng.integers(0, images[i].shape[1], (B, r))))
+        for i, s, r in zip(images_of, (1, 3, 1, 2), (1, 1, 4, 4), strict=True)
+    ]
+
+    def shallow():
         network = model(remat)
         network.fusion.layers.depth = depth
-        nnx.update(network.fusion.layers.each, jax.tree.map(lambda x: x[:depth], nnx.state(network.fusion.layers.each)))
-        for some in (None, wanted):
-            yield dataclasses.astuple(network.fuse(*arguments, FRAMES, wanted=some, pairing=pairing))[:2]
+        nnx.update(
+            network.fusion.layers.each,
+            jax.tree.map(lambda x: jnp.concatenate([x, x])[:depth], nnx.state(network.fusion.layers.each)),
+        )
+        return network
 
-    paired = jax.jit(lambda: tuple(fuse(words, mask, images, pairing=pairing)))()
-    row_by_row = jax.jit(lambda: tuple(fuse(words[texts_of], mask[texts_of], images[images_of])))()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), paired, row_by_row)
+    def side_by_side():
+        joined = (jnp.concatenate(x, axis=1) for x in (texts, masks, images))
+        return [dataclasses.astuple(x)[:2] for x in shallow().fuse_pairs(*joined, FRAMES, pairing, wanted)]
+
+    def row_by_row():
+        network = shallow()
+        for t, i, tokens in zip(texts_of, images_of, wanted, strict=True):
+            whole = network.fuse(texts[t], masks[t], images[i], FRAMES)
+            yield gather_tokens(whole.text, tokens.text), gather_tokens(whole.image, tokens.image)
+
+    found, expected = jax.jit(side_by_side)(), jax.jit(lambda: list(row_by_row()))()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), found, expected)
 
 
 def test_attention_maps_are_shares_of_the_image():

@@ -18,7 +18,8 @@ from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
-from scl_jax.objectives.views import OBJECTIVES, MaskSpec
+from scl_jax.objectives.masks import MaskSpec
+from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.partition import on_mesh
 from scl_jax.task_config import HEADS
 from scl_jax.tasks.entailment import Entailment

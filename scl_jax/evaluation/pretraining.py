@@ -16,7 +16,7 @@ from scl_jax.evaluation.ranking import Ranking
 from scl_jax.evaluation.retrieval import RetrievalEvaluation
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
-from scl_jax.objectives.views import named_key
+from scl_jax.objectives.masks import named_key
 from scl_jax.partition import on_mesh
 from scl_jax.tasks.pretrain import Pretraining
 from scl_jax.training.sharding import global_batch

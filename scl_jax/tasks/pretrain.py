@@ -23,18 +23,9 @@ from scl_jax.objectives.contrastive import contrastive_loss
 from scl_jax.objectives.global_completion import global_text_loss, global_vision_loss
 from scl_jax.objectives.local_completion import local_text_loss, local_vision_loss
 from scl_jax.objectives.masked_language import masked_language_correct, masked_language_loss
+from scl_jax.objectives.masks import Masks, MaskSpec, draw_masks, group_shape, harden_partners
 from scl_jax.objectives.matching import matching_correct, matching_loss
-from scl_jax.objectives.views import (
-    OBJECTIVES,
-    Masks,
-    MaskSpec,
-    draw_masks,
-    encode_views,
-    fuse_pairs,
-    group_shape,
-    harden_partners,
-    pairs_needed,
-)
+from scl_jax.objectives.views import OBJECTIVES, encode_views, fuse_pairs, pairs_needed
 from scl_jax.tasks.task import Outputs, WholeBatch, bounded_temperature
 from scl_jax.types import Batch, LossSum
 

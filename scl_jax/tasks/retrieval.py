@@ -25,7 +25,7 @@ from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL
 from scl_jax.objectives.classification import class_correct, class_loss
 from scl_jax.objectives.contrastive import contrastive_loss, first_image_loss
-from scl_jax.objectives.views import group_shape, named_key
+from scl_jax.objectives.masks import group_shape, named_key
 from scl_jax.tasks.task import Outputs, WholeBatch, bounded_temperature, needed
 from scl_jax.types import Batch, LossSum
 

@@ -19,7 +19,8 @@ from scl_jax.models.layers import Precision
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
-from scl_jax.objectives.views import OBJECTIVES, MaskSpec
+from scl_jax.objectives.masks import MaskSpec
+from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.tasks.pretrain import Pretraining, Ramp
 from scl_jax.types import Batch
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from scl_jax.objectives.views import (
-    PAIRS_OF,
+from scl_jax.objectives.masks import (
     Masks,
     MaskSpec,
     draw_kept_patches,
@@ -26,9 +25,8 @@ from scl_jax.objectives.views import (
     draw_whole_words,
     group_shape,
     harden_partners,
-    pairs_needed,
-    take_partner,
 )
+from scl_jax.objectives.views import PAIRS_OF, pairs_needed, take_partner
 from scl_jax.types import Batch
 
 B, L, PATCHES = 64, 50, 36

@@ -111,8 +111,8 @@ def wanted_side_by_side(wanted: Sequence[Wanted], sizes: Sizes) -> WantedSlots:
     """Of pairs with these sizes."""
 
     def slots(places: Sequence[Int[Array, "B _"]], lengths: Lengths) -> Slots:
-        starts = accumulate(lengths, initial=0)
-        moved = [x + start for x, start in zip(places, starts, strict=False)]
+        starts = accumulate(lengths[:-1], initial=0)
+        moved = [x + start for x, start in zip(places, starts, strict=True)]
         return Slots(jnp.concatenate(moved, axis=1), tuple(x.shape[1] for x in places))
 
     return WantedSlots(slots([w.text for w in wanted], sizes.text), slots([w.image for w in wanted], sizes.image))

@@ -84,3 +84,4 @@ def test_which_attention_a_platform_gets(monkeypatch, backend, dtype, option, ex
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     sizes = build.model_config(config)
     assert {sizes.vision.attention, sizes.text.attention, sizes.fusion.attention} == {expected}
+    assert attention.takes_parts(expected) == (expected in ("xla", "by_head"))

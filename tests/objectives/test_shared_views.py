@@ -69,15 +69,20 @@ def make_batch() -> Batch:
 
 
 @lru_cache
-def computed(active: tuple[str, ...]):
-    """(gradient of Σ weight · loss over the active objectives, their losses)."""
+def computed(active: tuple[str, ...], side_by_side: bool = True):
+    """(gradient of Σ weight · loss over the active objectives, their losses).
+
+    `side_by_side`: the dropped view goes beside the others; with kernels it goes by itself.
+    """
     with jax.enable_x64(True):
         graph, params = network()
         batch = make_batch()
         masks = compiled(TASK.draw_masks)(batch, jax.random.key(0))
 
         def total(params):
-            outputs = TASK.features(parameters.merge(graph, params), batch, masks, active, None)
+            model = parameters.merge(graph, params)
+            model.vision.joins_views = model.fusion.joins_pairs = side_by_side
+            outputs = TASK.features(model, batch, masks, active, None)
             losses = outputs.losses | TASK.whole_batch_losses(outputs.whole_batch)
             means = {name: loss.mean() for name, loss in losses.items()}
             return sum((WEIGHTS[name] * mean for name, mean in means.items()), jnp.zeros([])), means
@@ -101,6 +106,13 @@ def test_the_gradients_of_the_objectives_alone_add_up_to_that_of_all():
     alone = jax.tree.map(lambda *parts: sum(parts), *(computed((name,))[0] for name in OBJECTIVES))
     for path, expected in parameters.flatten(alone).items():
         np.testing.assert_allclose(parameters.flatten(together)[path], expected, atol=1e-5, err_msg=path)
+
+
+def test_the_dropped_view_by_itself_gives_what_it_gives_beside_the_others():
+    (gradient, losses), (expected_gradient, expected) = computed(OBJECTIVES, side_by_side=False), computed(OBJECTIVES)
+    assert losses == pytest.approx(expected, abs=1e-12)
+    for path, x in parameters.flatten(expected_gradient).items():
+        np.testing.assert_allclose(parameters.flatten(gradient)[path], x, atol=1e-10, err_msg=path)
 
 
 def test_every_parameter_learns_from_the_seven_objectives():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from scl_jax.models.attention import scaled
 from scl_jax.models.dropout import dropout
 
 
@@ -39,8 +40,7 @@ def attention_of_few(
     """
     dtype = tokens.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
-    query = query * query.shape[-1] ** -0.5
-    asked = jnp.einsum("bqhd,Dhd->bqhD", query, key_kernel.astype(dtype))
+    asked = jnp.einsum("bqhd,Dhd->bqhD", scaled(query), key_kernel.astype(dtype))
     logits = jnp.einsum("bqhD,bkD->bhqk", asked, tokens, preferred_element_type=wide)
     if token_mask is not None:
         logits = jnp.where(token_mask[:, None, None, :], logits, jnp.finfo(wide).min)

@@ -144,6 +144,7 @@ class CoAttentionLayer(nnx.Module):
     def __call__(
         self, text, image, text_mask, key, sizes: Sizes | None = None, wanted: WantedSlots | None = None
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B R D"]]:
+        """(B, T, D) and (B, I, D) in segments of these `sizes`, one each without → the same, or the tokens `wanted`."""
         text_key, image_key = split_key(key, 2)
         text_wanted, image_wanted = wanted or (None, None)
         texts, images = sizes or (text.shape[1:2], image.shape[1:2])

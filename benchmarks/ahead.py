@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import lzma
 import os
@@ -116,6 +117,14 @@ def without_compilation_cache() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+def file_name(options: argparse.Namespace) -> str:
+    """Of a step: "pretrain_image-h100-images-64", with its settings, or their hash where they are too long for a name."""
+    settings = "-".join(setting.replace("=", "_").replace("/", "_") for setting in options.set)
+    if len(settings) > 100:
+        settings = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return "-".join(filter(None, [Path(options.config).stem, options.target, options.stream, str(options.batch), settings]))
+
+
 def compile_step(options: argparse.Namespace) -> None:
     """Writes the compiled step, its text and what it is."""
     devices = absent_devices(options.target)  # before anything else looks for devices
@@ -125,7 +134,7 @@ def compile_step(options: argparse.Namespace) -> None:
     from scl_jax.training import sharding
     from scl_jax.training.flops import count_flops
 
-    described = {name: getattr(options, name) for name in ("config", "stream", "batch", "set")}
+    described = {name: getattr(options, name) for name in ("config", "target", "stream", "batch", "set")}
     config = load_config(described)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     step, arguments = make_step(config, mesh)
@@ -135,7 +144,7 @@ def compile_step(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     planned: Any = memory(compiled)["planned_bytes"]
     described |= {"planned_bytes": planned, "flops": count_flops(step, *arguments, static_argnums=(2,))}
-    name = "-".join([options.stream, str(options.batch), *(s.replace("=", "_") for s in options.set)])
+    name = file_name(options)
     options.folder.mkdir(parents=True, exist_ok=True)
     payload, _, _ = serialize_executable.serialize(compiled)
     (options.folder / f"{name}.xz").write_bytes(lzma.compress(payload, preset=1))

@@ -37,7 +37,9 @@ def plan_state(
     """(graph, optimizer, state as shapes with shardings): everything of a state but its numbers."""
     graph, shapes = parameters.abstract(make_model)
     tx = make_tx(shapes)
-    state = jax.eval_shape(_creator(make_model, tx, with_ema), 0)
+    state = TrainState(
+        jax.ShapeDtypeStruct([], jnp.int32), shapes, jax.eval_shape(tx.init, shapes), shapes if with_ema else None
+    )
     layout = state_shardings(tx, shapes, mesh, with_ema)
     planned = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
     return graph, tx, planned
@@ -53,17 +55,12 @@ def init_state(
     """A fresh state whose every leaf is created where it belongs; nothing is replicated that the plan splits."""
     graph, tx, planned = plan_state(make_model, make_tx, mesh, with_ema)
     layout = jax.tree.map(lambda x: x.sharding, planned)
-    return graph, tx, jax.jit(_creator(make_model, tx, with_ema), out_shardings=layout)(seed)
 
-
-def _creator(
-    make_model: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformationExtraArgs, with_ema: bool
-) -> Callable[[Any], TrainState]:
     def create(seed) -> TrainState:
         params = parameters.split(make_model(nnx.Rngs(jax.random.key(seed))))[1]
         return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), params if with_ema else None)
 
-    return create
+    return graph, tx, jax.jit(create, out_shardings=layout)(seed)
 
 
 def state_shardings(

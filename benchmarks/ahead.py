@@ -118,11 +118,12 @@ def without_compilation_cache() -> Iterator[None]:
 
 
 def file_name(options: argparse.Namespace) -> str:
-    """Of a step: "pretrain_image-h100-images-64", with its settings, or their hash where they are too long for a name."""
+    """Of a step: "pretrain_image-h100-images-64" and its settings, or their hash where they are too long for a name."""
     settings = "-".join(setting.replace("=", "_").replace("/", "_") for setting in options.set)
     if len(settings) > 100:
         settings = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    return "-".join(filter(None, [Path(options.config).stem, options.target, options.stream, str(options.batch), settings]))
+    parts = [Path(options.config).stem, options.target, options.stream, str(options.batch), settings]
+    return "-".join(filter(None, parts))
 
 
 def compile_step(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ def test_a_step_compiled_ahead_runs(tmp_path, monkeypatch, capsys):
     ahead = ahead_module()
     monkeypatch.setattr(ahead, "absent_devices", lambda target: jax.devices()[:1])
     options = ["--batch=16", "--set", "debug=1", "model.attention=xla", "model.unroll=1"]
-    options += [f"objectives.{name}.weight=0" for name in OBJECTIVES if name != "masked_language"]  # a third of the time
+    options += [f"objectives.{name}.weight=0" for name in OBJECTIVES if name != "masked_language"]  # they take time
     ahead.compile_step(ahead.parse(["compile", str(tmp_path), *options]))
     ahead.run_all(ahead.parse(["run", str(tmp_path), "--repeats=2", "--trace"]))
     (file,) = tmp_path.glob("*.results.json")

@@ -37,9 +37,8 @@ def plan_state(
     """(graph, optimizer, state as shapes with shardings): everything of a state but its numbers."""
     graph, shapes = parameters.abstract(make_model)
     tx = make_tx(shapes)
-    state = TrainState(
-        jax.ShapeDtypeStruct([], jnp.int32), shapes, jax.eval_shape(tx.init, shapes), shapes if with_ema else None
-    )
+    step: Any = jax.ShapeDtypeStruct([], jnp.int32)
+    state = TrainState(step, shapes, jax.eval_shape(tx.init, shapes), shapes if with_ema else None)
     layout = state_shardings(tx, shapes, mesh, with_ema)
     planned = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
     return graph, tx, planned

@@ -38,7 +38,7 @@ from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Feed, Schedule, Window, train
 from scl_jax.training.nonfinite import Guard, NonFiniteError, records
 from scl_jax.training.records import write_json
-from scl_jax.training.state import TrainState, init_state
+from scl_jax.training.state import TrainState, init_state, plan_state
 from scl_jax.training.workdir import held
 
 
@@ -100,15 +100,20 @@ class Session:
         return Checkpoints(self.workdir / "checkpoints", t.keep_latest, t.keep_best, t.best_metric)
 
     def initial_state(self, complete: bool = False, fresh: bool = False) -> tuple[Any, Any, TrainState]:
-        """(graph, optimizer, fresh state), sharded; what `config.init` names is filled in unless a run is continued.
+        """(graph, optimizer, state), sharded: new, with what `config.init` names filled in.
+
+        Where there is a checkpoint to restore, the state is shapes with shardings only: its numbers would be drawn in
+        vain and lie beside the restored ones.
 
         complete: every head must come from there; fresh ones are no model to evaluate.
-        fresh: fill in whatever checkpoints there are, to go through the run from its beginning.
+        fresh: a new state whatever checkpoints there are, to go through the run from its beginning.
         """
-        maker, optimizer = build.model_maker(self.config), build.optimizer_maker(self.config)
-        graph, tx, state = init_state(maker, optimizer, self.mesh, self.config.seed, self.config.optimizer.ema > 0)
+        new = fresh or self.checkpoints.latest() is None
+        plan = (build.model_maker(self.config), build.optimizer_maker(self.config), self.mesh)
+        with_ema = self.config.optimizer.ema > 0
+        graph, tx, state = init_state(*plan, self.config.seed, with_ema) if new else plan_state(*plan, with_ema)
         meet("state is there", self.config.distributed.compile_timeout)
-        if fresh or self.checkpoints.latest() is None:
+        if new:
             params, self.initial_notes = initial_parameters(self.config, state.params, complete)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
             state = dataclasses.replace(state, params=params, ema=ema)
@@ -223,7 +228,8 @@ class Session:
             if complete:
                 step = self.chosen_step()
                 if step not in (None, int(state.step)):
-                    state, _ = self.checkpoints.restore(abstract_state(state), step)
+                    state = abstract_state(state)  # lets its numbers go before others come
+                    state, _ = self.checkpoints.restore(state, step)
                 self.report(log, graph, state)
             else:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")

@@ -95,6 +95,8 @@ def test_an_interrupted_run_is_bit_identical_to_an_undisturbed_one(
     assert [line["step"] for line in metrics_of(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
 
     restarted = Session(config, tmp_path / "killed")
+    shapes = jax.tree.leaves(restarted.initial_state()[2])
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in shapes)  # no second state beside the restored one
     assert restarted.train()
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "undisturbed/metrics.jsonl").read_bytes()
     for (path, x), y in zip(parameters_of(undisturbed).items(), parameters_of(restarted).values(), strict=True):

@@ -54,15 +54,17 @@ def parameters_of(session: Session) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) for path, x in parameters.flatten(state.params).items()}
 
 
+STEPS: dict[str, object] = {}
+
+
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """Sessions of one config on the same devices share their jitted step: a restart need not compile again."""
-    steps: dict[str, object] = {}
     jit_step = Session.jit_step
 
     def shared(self: Session, *arguments):
         name = f"{self.mesh.shape} {self.mesh.devices.size} {self.config.to_json_best_effort()}"
-        return steps.setdefault(name, jit_step(self, *arguments))
+        return STEPS.setdefault(name, jit_step(self, *arguments))
 
     monkeypatch.setattr(Session, "jit_step", shared)
 

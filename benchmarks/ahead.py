@@ -62,11 +62,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_config(options: dict[str, Any]) -> Any:
-    """The complete config of a step: bfloat16, the kernels of a GPU, loops unrolled as on one, then `set`."""
+    """The complete config of a step: bfloat16, the kernels of a GPU, nothing computed twice, loops unrolled; `set`."""
     from scl_jax.benchmark.workload import complete, read_config
 
     config = read_config(ROOT / options["config"])
-    config.model.update(dtype="bfloat16", attention="fused", unroll=12)
+    config.model.update(dtype="bfloat16", attention="fused", remat="none", unroll=12)
     for assignment in options["set"]:
         name, _, value = assignment.partition("=")
         *path, last = name.split(".")

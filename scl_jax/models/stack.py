@@ -78,7 +78,7 @@ class Stack(nnx.Module):
         if first is not None:
             # outside of a loop XLA would find its second computation to be the first, and keep all that it gave
             x = with_remat(partial(run, first), prevent_cse=True)(x, head)
-        x, layers = jax.lax.scan(with_remat(body), x, middle, unroll=self.unroll)
+        x, layers = jax.lax.scan(with_remat(body, prevent_cse=self.unroll > 1), x, middle, unroll=self.unroll)
         if last is not None:
             x = with_remat(partial(run, last))(x, tail)
         return (x, layers) if return_layers else x

@@ -60,6 +60,6 @@ def _flops(jaxpr: core.Jaxpr) -> float:
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """The programs inside an equation: of a jit, a checkpoint, a custom derivative."""
-    closed = [value.jaxpr for value in params.values() if isinstance(value, core.ClosedJaxpr)]
-    return closed + [value for value in params.values() if isinstance(value, core.Jaxpr)]
+    """The programs inside an equation: of a jit, a checkpoint, a custom derivative; from JAX 0.11 on one class."""
+    programs = [value for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr))]
+    return [program.jaxpr if isinstance(program, core.ClosedJaxpr) else program for program in programs]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 gc.set_threshold(
@@ -18,9 +17,10 @@ gc.set_threshold(
 )  # tracing makes many objects that live on: looking for rubbish took a tenth of the time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tests compile much and run little: a quarter of the compile time, the same numbers
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # later ones do not know it, and end the process
-    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 
 import jax  # noqa: E402

@@ -5,6 +5,7 @@
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 from absl import app
@@ -15,8 +16,8 @@ from scl_jax.training import loop
 fetch = loop.Feed.fetch
 
 
-def fetch_and_record(feed: loop.Feed) -> None:
-    fetch(feed)
+def fetch_and_record(feed: loop.Feed, running: Any = ()) -> None:
+    fetch(feed, running)
     stream, batch, _, place = feed._next
     rows = {
         row: int(item)

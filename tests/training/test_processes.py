@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,15 @@ class Run:
     def until_step(self, step: int) -> Run:
         """Waits until this step is logged."""
         file = self.workdir / "metrics.jsonl"
-        while not (file.exists() and file.read_bytes().count(b"\n") >= step):
+        return self.until(lambda: file.exists() and file.read_bytes().count(b"\n") >= step)
+
+    def until_saved(self) -> Run:
+        """Waits until a checkpoint is whole: it is written while training goes on, then gets its name."""
+        folder = self.workdir / "checkpoints"
+        return self.until(lambda: any(path.name.isdigit() for path in folder.glob("*")))
+
+    def until(self, happened: Callable[[], bool]) -> Run:
+        while not happened():
             assert all(process.poll() is None for process in self.processes), self.said()
             time.sleep(0.01)
         return self
@@ -122,7 +131,7 @@ def test_processes_train_as_one_and_restart_as_any_number(data_dir, tmp_path, co
     assert results[0].keys() == results[1].keys()
     assert all(results[1][name] == pytest.approx(value, abs=1e-5) for name, value in results[0].items())
 
-    killed = Run(data_dir, tmp_path / "killed", count, 2).until_step(5)
+    killed = Run(data_dir, tmp_path / "killed", count, 2).until_step(5).until_saved()
     killed.kill()
     saved = Checkpoints(killed.workdir / "checkpoints").latest()
     assert saved is not None and saved >= 4

@@ -70,8 +70,10 @@ class Visitor:
 
     def tab(self, name):
         tab = self.page.get_by_role("tab", name=name, exact=True)
+        menu = self.page.locator(".overflow-menu > button")
+        tab.or_(menu).filter(visible=True).first.wait_for()  # tabs are laid out after the page is loaded
         if not tab.is_visible():  # narrow pages keep the last tabs in a menu
-            self.page.locator(".overflow-menu > button").click()
+            menu.click()
             self.page.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
         else:
             tab.click()

@@ -83,6 +83,7 @@ class Run:
         return self.until(lambda: any(path.name.isdigit() for path in folder.glob("*")))
 
     def until(self, happened: Callable[[], bool]) -> Run:
+        """Waits; fails with what was said where a process ends before."""
         while not happened():
             assert all(process.poll() is None for process in self.processes), self.said()
             time.sleep(0.01)

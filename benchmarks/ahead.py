@@ -80,15 +80,11 @@ def load_config(options: dict[str, Any]) -> Any:
 def make_step(config: Any, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
     """The jitted step and its arguments as shapes with their places on the mesh: state, batch, active objectives."""
     from scl_jax import build
-    from scl_jax.compile_tpu import abstract_batch, plan_state
     from scl_jax.config import active_streams
 
     vocabulary = config.model.text.vocab_size
-    task = build.pretraining(config, vocabulary, vocabulary - 1)
-    graph, tx, state = plan_state(build.model_maker(config), build.optimizer_maker(config), mesh, False)
     (stream,) = active_streams(config)
-    arguments = (state, abstract_batch(config, stream, mesh), task.active(config.train.steps))
-    return build.train_step(config, task, graph, tx, state, mesh), arguments
+    return build.planned_step(config, build.task(config, vocabulary, vocabulary - 1), stream, mesh)
 
 
 # ---- where there is no GPU ----

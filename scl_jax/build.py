@@ -30,14 +30,15 @@ from scl_jax.tasks.task import Task
 from scl_jax.tasks.vqa import QuestionAnswering
 from scl_jax.training import sharding
 from scl_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from scl_jax.training.state import TrainState, state_shardings
+from scl_jax.training.state import TrainState, plan_state, state_shardings
 from scl_jax.training.step import make_step
+from scl_jax.types import Batch
 
 
 def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
     """Sizes and types of the network."""
     m = config.model
-    shared = {"remat": m.remat, "unroll": unroll(config), "attention": attention(config)}
+    shared = {"remat": remat(config), "unroll": unroll(config), "attention": attention(config)}
     rates = {"dropout": m.dropout, "attention_dropout": m.attention_dropout}
     return SCLConfig(
         vision=VisionConfig(**m.vision, **shared),
@@ -59,6 +60,11 @@ def attention(config: ConfigDict) -> str:
     return "by_head" if on_cpu else "fused" if on_gpu and config.model.dtype == "bfloat16" else "xla"
 
 
+def remat(config: ConfigDict) -> str:
+    """What the layers compute again in the backward pass; "auto" is resolved by `remat.py` where there is one."""
+    return "none" if config.model.remat == "auto" else config.model.remat
+
+
 def unroll(config: ConfigDict) -> int:
     """Layers a turn of the loops over layers; 0 takes all of them on a GPU, one elsewhere.
 
@@ -69,7 +75,7 @@ def unroll(config: ConfigDict) -> int:
     if m.unroll:
         return m.unroll
     on_gpu = jax.default_backend() == "gpu"
-    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and m.remat == "none" else 1
+    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and remat(config) == "none" else 1
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not
@@ -163,6 +169,11 @@ def schedule(config: ConfigDict) -> optax.Schedule:
     return make_schedule(optimizer_config(config), config.train.steps)
 
 
+def has_dropout(config: ConfigDict) -> bool:
+    """Whether training drops anything."""
+    return config.model.dropout > 0 or config.model.attention_dropout > 0
+
+
 def train_step(
     config: ConfigDict,
     task: Task,
@@ -182,7 +193,7 @@ def train_step(
         schedule(config),
         seed=config.seed,
         accumulate=config.train.accumulate,
-        dropout=config.model.dropout > 0 or config.model.attention_dropout > 0,
+        dropout=has_dropout(config),
         ema=config.optimizer.ema,
     )
     layout = state_shardings(tx, state.params, mesh, state.ema is not None)
@@ -194,3 +205,37 @@ def train_step(
         out_shardings=(layout, sharding.replicated(mesh)),
         compiler_options=compiler_options(mesh),
     )
+
+
+def batch_shapes(config: ConfigDict, stream: str, mesh: Mesh) -> Batch:
+    """The global batch of a stream as shapes, split over the mesh, with the targets of the config's task."""
+    s, length = config.data[stream], config.data.text_length
+    split = sharding.batch_sharding(mesh)
+
+    def rows(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((s.batch_size, *shape), dtype, sharding=split)
+
+    pixels = rows(jnp.uint8, s.frames, s.image_size, s.image_size, 3)
+    targets: dict[str, dict[str, Any]] = {
+        "vqa": {"answer_scores": rows(jnp.float32, config.model.answers)},
+        "nlvr2": {"label": rows(jnp.int32), "second_pixels": pixels},
+        "entailment": {"label": rows(jnp.int32)},
+    }
+    return Batch(
+        pixels=pixels,
+        token_ids=rows(jnp.int32, length),
+        token_mask=rows(jnp.bool_, length),
+        word_ids=rows(jnp.int32, length),
+        weight=rows(jnp.float32),
+        item_id=rows(jnp.int32),
+        **targets.get(config.task, {}),
+    )
+
+
+def planned_step(
+    config: ConfigDict, task: Task, stream: str, mesh: Mesh
+) -> tuple[Any, tuple[TrainState, Batch, tuple[str, ...]]]:
+    """The jitted step of a stream and its arguments as shapes, with every loss of the last step: ready to compile."""
+    graph, tx, state = plan_state(model_maker(config), optimizer_maker(config), mesh, config.optimizer.ema > 0)
+    arguments = (state, batch_shapes(config, stream, mesh), task.active(config.train.steps))
+    return train_step(config, task, graph, tx, state, mesh), arguments

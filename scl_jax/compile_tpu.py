@@ -9,7 +9,8 @@ trying what would (`model.remat`).
     --mesh=data=32,fsdp=8                                   instead of the config's
     --record=docs/scaling.jsonl                             also append what was found, for scl_jax.scaling_table
 
-A vocabulary of size 0 (the tokenizer's) counts as `--vocabulary`; shards and tokenizer are not needed.
+A vocabulary of size 0 (the tokenizer's) counts as `--vocabulary`, answers (those of the data set) as VQA v2's; shards
+and tokenizer are not needed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from scl_jax import build
@@ -37,17 +36,17 @@ from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.config_flag import CONFIG as _CONFIG
 from scl_jax.models import parameters
+from scl_jax.remat import FAR_BEYOND, ROOM, kept_by, out_of_memory, policies, with_policy
 from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
 from scl_jax.training.flops import count_flops
 from scl_jax.training.hlo import Program
-from scl_jax.training.state import plan_state
-from scl_jax.types import Batch
+from scl_jax.training.memory import planned_bytes
 
 GIB = 2**30
+ANSWERS = 3129  # of VQA v2
 # HBM that a program may use, in GiB, as the compiler of libtpu 0.0.42 names it when it refuses one
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-THRIFTIER = {"none": ("dots", "full"), "dots": ("full",), "full": ()}  # remat policies that need less memory
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, such as v5e:16x16 or v5p:4x4x8.")
 _MESH = flags.DEFINE_string("mesh", "", "Mesh sizes instead of the config's, such as data=32,fsdp=8.")
@@ -108,24 +107,6 @@ def tpu_devices(topology: str) -> list[Any]:
         raise ValueError(f'--topology={topology}: {first} (libtpu comes with pip install -e ".[tpu]")') from error
 
 
-def abstract_batch(config: ConfigDict, stream: str, mesh: Mesh) -> Batch:
-    """The global batch of a stream as shapes, split over the mesh."""
-    s, length = config.data[stream], config.data.text_length
-    split = sharding.batch_sharding(mesh)
-
-    def rows(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((s.batch_size, *shape), dtype, sharding=split)
-
-    return Batch(
-        pixels=rows(jnp.uint8, s.frames, s.image_size, s.image_size, 3),
-        token_ids=rows(jnp.int32, length),
-        token_mask=rows(jnp.bool_, length),
-        word_ids=rows(jnp.int32, length),
-        weight=rows(jnp.float32),
-        item_id=rows(jnp.int32),
-    )
-
-
 def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: str, buffers: int = 8) -> Findings:
     """Compiles the training step of one stream with all its objectives on, for these devices.
 
@@ -143,12 +124,8 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
     check(config, 0, len(devices), max(1, len({device.process_index for device in devices})))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     vocabulary = config.model.text.vocab_size
-    task = build.pretraining(config, vocabulary, vocabulary - 1)  # which token is the mask changes no shape
-    graph, tx, state = plan_state(
-        build.model_maker(config), build.optimizer_maker(config), mesh, config.optimizer.ema > 0
-    )
-    arguments = (state, abstract_batch(config, stream, mesh), task.active(config.train.steps))
-    step = build.train_step(config, task, graph, tx, state, mesh)
+    task = build.task(config, vocabulary, vocabulary - 1)  # which token is the mask changes no shape
+    step, arguments = build.planned_step(config, task, stream, mesh)
     findings = Findings(
         config="",
         stream=stream,
@@ -157,29 +134,32 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         mesh=dict(mesh.shape),
         batch_size=config.data[stream].batch_size,
         accumulate=config.train.accumulate,
-        remat=config.model.remat,
+        remat=build.remat(config),
         fits=False,
-        parameters=parameters.count(state.params),
+        parameters=parameters.count(arguments[0].params),
         traced_flops=count_flops(step, *arguments, static_argnums=(2,)) / len(devices),
         hbm=HBM.get(topology.partition(":")[0], float("inf")) * GIB,
     )
+    kept = kept_by(config, task, stream, mesh)
+    if kept > FAR_BEYOND * findings.hbm:
+        problem = f"not compiled: {kept / GIB:.1f} GiB a chip kept for the backward pass, as written"
+        return dataclasses.replace(findings, problem=problem, seconds=time.perf_counter() - start)
     warnings: list[str] = []
     try:
         with _partitioner_warnings(warnings):
             compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         problem = str(error).strip()
         return dataclasses.replace(findings, problem=problem, warnings=warnings, seconds=time.perf_counter() - start)
     program = Program(compiled.as_text())
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    total = planned_bytes(compiled)
     return dataclasses.replace(
         findings,
         fits=total <= findings.hbm,
-        arguments=held,
+        arguments=total - memory.temp_size_in_bytes - memory.generated_code_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         total=total,
@@ -258,14 +238,13 @@ def with_mesh(config: ConfigDict, sizes: str) -> ConfigDict:
 
 
 def find(config: ConfigDict, stream: str, devices: list[Any], topology: str, buffers: int) -> list[Findings]:
-    """The config's own remat policy; while that is refused, the ones that need less memory."""
-    tried = [compile_step(config, stream, devices, topology, buffers)]
-    for remat in THRIFTIER[config.model.remat]:
-        if tried[-1].fits:
+    """The config's own remat policy; while that does not fit, the ones that need less memory."""
+    most = ROOM if config.model.remat == "auto" else 1.0  # "auto" leaves as much room as in training
+    tried: list[Findings] = []
+    for policy in policies(config.model.remat):
+        tried.append(compile_step(with_policy(config, policy), stream, devices, topology, buffers))
+        if tried[-1].fits and tried[-1].total <= most * tried[-1].hbm:
             break
-        config = config.copy_and_resolve_references()
-        config.model.remat = remat
-        tried.append(compile_step(config, stream, devices, topology, buffers))
     return tried
 
 
@@ -276,7 +255,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     fits = True
     try:
-        config = with_mesh(finalize(_CONFIG.value, _VOCABULARY.value), _MESH.value)
+        config = with_mesh(finalize(_CONFIG.value, _VOCABULARY.value, ANSWERS), _MESH.value)
         devices = tpu_devices(str(_TOPOLOGY.value))
         for stream in _STREAMS.value or active_streams(config):
             tried = find(config, stream, devices, str(_TOPOLOGY.value), _BUFFERS.value)
@@ -286,7 +265,8 @@ def main(argv: list[str]) -> None:
                     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
                     with Path(_RECORD.value).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(dataclasses.asdict(findings) | {"config": name}) + "\n")
-            fits = fits and tried[0].fits
+            own = tried[-1] if config.model.remat == "auto" else tried[0]
+            fits = fits and own.fits
     except ValueError as error:
         sys.exit(f"error: {error}")
     if not fits:

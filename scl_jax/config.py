@@ -69,7 +69,9 @@ def _model() -> ConfigDict:
             "initial_temperature": 0.07,
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
-            "remat": "none",  # none | dots | full
+            # what a step computes again instead of keeping it: none | dots (all but matrix products) | full (all of a
+            # layer); auto: the first of these that fits the device, which takes a compilation of those before it
+            "remat": "auto",
             # auto | xla | by_head (for CPUs) | fused | cudnn; the last two are kernels for GPUs, in bfloat16, and
             # those of cuDNN know no dropout
             "attention": "auto",

@@ -97,7 +97,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"compilation_cache", TEXT),
     (r"debug|reference_behaviour\.\w+|evaluate\.(equal_captions|all_pairs|best)|log\.(tensorboard|console)", SWITCH),
     (r"seed", NOT_NEGATIVE),
-    (r"model\.remat", Choice(("none", "dots", "full"))),
+    (r"model\.remat", Choice(("auto", "none", "dots", "full"))),
     (r"model\.dtype", Choice(("float32", "bfloat16"))),
     (r"model\.attention", Choice(("auto", "xla", "by_head", "fused", "cudnn"))),
     (r"model\.(answers|unroll)", NOT_NEGATIVE),

@@ -35,6 +35,7 @@ class Step:
     batch_size: int
     fsdp: int = 1
     accumulate: int = 1
+    remat: str = "auto"
 
     def command(self, records: str) -> list[str]:
         """The arguments of `python`."""
@@ -43,14 +44,16 @@ class Step:
             *(f"--mesh=data=-1,fsdp={self.fsdp}", f"--streams={self.stream}", f"--record={records}"),
             f"--config.data.{self.stream}.batch_size={self.batch_size}",
             f"--config.train.accumulate={self.accumulate}",
+            f"--config.model.remat={self.remat}",
             f"--config.evaluate.batch_size={self.batch_size}",  # the config's need not divide by so many chips
         ]
 
     def is_in(self, records: Iterable[Record]) -> bool:
         """Whether it has been compiled."""
-        wanted = (self.config, self.stream, self.topology, self.batch_size, self.fsdp, self.accumulate)
-        names = ("config", "stream", "topology", "batch_size")
-        return any((*(r[name] for name in names), r["mesh"]["fsdp"], r["accumulate"]) == wanted for r in records)
+        names = ("config", "stream", "topology", "batch_size", "accumulate")
+        wanted = tuple(getattr(self, name) for name in names)
+        same = [r for r in records if (*(r[name] for name in names),) == wanted and r["mesh"]["fsdp"] == self.fsdp]
+        return any(r["fits"] if self.remat == "auto" else r["remat"] == self.remat for r in same)
 
 
 SLICES = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8", 1024: "8x8x16"}
@@ -63,7 +66,9 @@ PLANS: dict[str, list[Step]] = {
         Step("pretrain_joint", "videos", "v5e:16x16", 1024, fsdp=8),
     ],
     # 16 images a chip; parameters over four chips, so that the smallest slice, too, has an axis for data alone
-    "weak": [Step("pretrain_image", "images", f"v5p:{s}", 16 * chips, fsdp=4) for chips, s in SLICES.items()],
+    "weak": [
+        Step("pretrain_image", "images", f"v5p:{s}", 16 * chips, fsdp=4, remat="none") for chips, s in SLICES.items()
+    ],
     # one slice, larger batches by accumulation
     "batches": [
         Step("pretrain_image", "images", "v5e:16x16", 4096 * times, fsdp=8, accumulate=times) for times in (2, 4, 8, 16)
@@ -123,10 +128,11 @@ def table(records: list[Record]) -> str:
 
 
 def command(record: Record) -> str:
-    """The command that a record came from; policies that it went on to are records of the same."""
+    """The command that a record came from."""
     stream, mesh = record["stream"], ",".join(f"{axis}={size}" for axis, size in record["mesh"].items() if size > 1)
     words = [f"--config=configs/{record['config']}.py", f"--topology={record['topology']}", f"--mesh={mesh}"]
     words += [f"--streams={stream}", f"--config.data.{stream}.batch_size={record['batch_size']}"]
+    words += [f"--config.model.remat={record['remat']}"]
     words += [f"--config.train.accumulate={record['accumulate']}"] * (record["accumulate"] > 1)
     words += [f"--config.evaluate.batch_size={record['batch_size']}"] * (record["chips"] > 256)
     return " ".join(["python -m scl_jax.compile_tpu", *words])
@@ -139,12 +145,12 @@ def commands(records: list[Record]) -> str:
 
 def weak_scaling(records: list[Record]) -> str:
     """The same batch a chip on more and more chips, relative to the fewest; empty with fewer than two."""
-    steps = {(step.topology, step.batch_size, step.fsdp) for step in PLANS["weak"]}
+    steps = {(step.topology, step.batch_size, step.fsdp, step.remat) for step in PLANS["weak"]}
     chosen = sorted(
         (
             record
             for record in records
-            if (record["topology"], record["batch_size"], record["mesh"]["fsdp"]) in steps
+            if (record["topology"], record["batch_size"], record["mesh"]["fsdp"], record["remat"]) in steps
             and record["config"] == "pretrain_image"
             and not record["problem"]
             and record["accumulate"] == 1
@@ -174,7 +180,7 @@ def document(records: list[Record]) -> str:
     """docs/scaling.md."""
     text = f"{_HEAD}\n## Steps\n\n{table(records)}\n\n{commands(records)}\n"
     if weak := weak_scaling(records):
-        what = "`pretrain_image`, 16 images a chip on v5p slices, parameters split over 4 chips."
+        what = "`pretrain_image`, 16 images a chip on v5p slices, parameters over 4 chips, nothing computed again."
         text += f"\n## Weak scaling\n\n{what}\n\n{weak}\n"
     return text
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from scl_jax import build
+from scl_jax import build, remat
 from scl_jax.bad_records import BadRecords
 from scl_jax.config import ConfigError, active_streams, differences, finalize
 from scl_jax.config_check import check
@@ -188,6 +188,7 @@ class Session:
         config = self.config
         self._look_at_records()
         data = self.training_data()  # before the state: missing shards should be said at once
+        config = self.config = self._with_remat()
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
@@ -234,6 +235,16 @@ class Session:
             else:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
+
+    def _with_remat(self) -> ConfigDict:
+        """The config with a policy for `model.remat`, which may be "auto"; takes a compilation or two where it is."""
+
+        def say(line: str) -> None:
+            if self.is_main and self.config.log.console:
+                print(line, flush=True)  # the log opens when it is known which step it continues from
+
+        found = remat.resolve(self.config, self.task, active_streams(self.config), self.mesh, say)
+        return remat.with_policy(found, remat.agreed(found.model.remat, self.config.distributed.compile_timeout))
 
     def _continued(self, state: TrainState, iterator: Any) -> tuple[TrainState, int | None, dict[str, Any]]:
         """(state, its step or None, progress) from the newest checkpoint, if any, and the iterator set to its place."""

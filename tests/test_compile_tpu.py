@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import toy_run
 
-from scl_jax import compile_tpu, scaling_table
-from scl_jax.compile_tpu import Findings, abstract_batch, compile_step, describe, find, tpu_devices, with_mesh
+from scl_jax import build, compile_tpu, scaling_table
+from scl_jax.compile_tpu import Findings, compile_step, describe, find, tpu_devices, with_mesh
 from scl_jax.config import ConfigError, finalize
 from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
@@ -127,7 +127,7 @@ def test_a_config_that_cannot_run_on_the_slice_is_refused_before_compiling():
 
 def test_the_abstract_batch_is_that_of_the_stream():
     config, mesh = tiny(), sharding.make_mesh(devices=jax.devices())
-    batch = abstract_batch(config, "images", mesh)
+    batch = build.batch_shapes(config, "images", mesh)
     assert batch.pixels.shape == (16, 1, 64, 64, 3) and batch.pixels.dtype == np.uint8
     assert batch.token_ids.shape == (16, config.data.text_length)
     assert all(x.sharding == sharding.batch_sharding(mesh) for x in jax.tree.leaves(batch))
@@ -157,23 +157,27 @@ def records(*changes: dict) -> list[dict]:
 
 
 def test_tables_hold_every_step_and_relate_more_chips_to_the_fewest():
-    few = {"mesh": {"data": 2, "fsdp": 4}}
+    few = {"mesh": {"data": 2, "fsdp": 4}, "remat": "none"}
     more = {"topology": "v5p:4x4x4", "chips": 64, "batch_size": 1024, "mesh": {"data": 16, "fsdp": 4}, "flops": 2.55e12}
+    more["remat"] = "none"
     refused = {"topology": "v5e:2x4", "fits": False, "problem": "RESOURCE_EXHAUSTED"}
     text = scaling_table.document(records(few, more, refused))
     assert (
-        "| pretrain_image | images | v5p:2x2x2 | 8 | data 2 × fsdp 4 | 128 | full | 1.00 + 2.00 | 3.00 of 16.00 |"
+        "| pretrain_image | images | v5p:2x2x2 | 8 | data 2 × fsdp 4 | 128 | none | 1.00 + 2.00 | 3.00 of 16.00 |"
         in text
     )
     assert "| refused |" in text
     assert "| 64 | 1024 | 2.550 | +2.0% | 3.00 | +0.0% | 16.0 |" in text
     command = "--topology=v5p:4x4x4 --mesh=data=16,fsdp=4 --streams=images --config.data.images.batch_size=1024"
+    command += " --config.model.remat=none"
     assert text.count(command) == 1
 
 
 def test_a_step_that_is_recorded_is_not_compiled_again():
     step = scaling_table.Step("pretrain_image", "images", "v5p:2x2x2", 128, fsdp=8)
     assert step.is_in(records({})) and not step.is_in(records({"batch_size": 256}))
+    assert not step.is_in(records({"fits": False, "remat": "none"}))  # "auto" goes on to what needs less
+    assert not dataclasses.replace(step, remat="none").is_in(records({}))
     assert {"--mesh=data=-1,fsdp=8", "--config.data.images.batch_size=128"} <= set(step.command("x.jsonl"))
 
 

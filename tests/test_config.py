@@ -70,7 +70,7 @@ def test_the_default_config_with_data_passes():
         ({"evaluate.batch_size": 0}, "evaluate.batch_size is 0; it must be at least 1"),
         ({"model.text.heads": 7}, "model.text: width 768 does not divide by heads 7"),
         ({"model.vision.layers": 0}, "model.vision.layers is 0; it must be at least 1"),
-        ({"model.remat": "some"}, "model.remat is 'some'; choose none, dots or full"),
+        ({"model.remat": "some"}, "model.remat is 'some'; choose auto, none, dots or full"),
         ({"model.unroll": -1}, "model.unroll is -1"),
         ({"model.attention": "cudnn", "model.dtype": "float32"}, "model.attention=cudnn needs bfloat16"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; choose float32 or bfloat16"),

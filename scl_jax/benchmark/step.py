@@ -34,6 +34,7 @@ def measure(
     results = {
         "batch": training.rows,
         "dtype": config.model.dtype,
+        "remat": training.remat,
         "seconds_per_step": seconds,
         "samples_per_second": training.rows / seconds,
         "matrix_flops_per_sample": flops / training.rows,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from scl_jax import build
+from scl_jax import build, remat
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.tasks.pretrain import Pretraining
@@ -83,6 +83,7 @@ class Training:
 
     Attributes:
         rows: samples of a batch, over all devices.
+        remat: the policy of the step, where the config leaves it open the one that fits.
         compile_seconds: lowering and compilation; short where the persistent cache holds the program.
     """
 
@@ -91,6 +92,8 @@ class Training:
         self.mesh = sharding.make_mesh(**config.mesh)
         vocab_size = config.model.text.vocab_size
         self.task: Pretraining = build.pretraining(config, vocab_size, mask_id=vocab_size - 1)
+        config = remat.resolve(config, self.task, [stream], self.mesh)
+        self.remat: str = config.model.remat
         graph, tx, self.state = init_state(
             build.model_maker(config), build.optimizer_maker(config), self.mesh, config.seed, config.optimizer.ema > 0
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import toy_run
 
+from scl_jax import build
 from scl_jax.config import ConfigError
 from scl_jax.convert.checkpoints import read_parameters
 from scl_jax.convert.rules import ConversionError
@@ -19,6 +20,8 @@ from scl_jax.data.tokens import train_tokenizer
 from scl_jax.inference.weights import read_weights
 from scl_jax.session import Session
 from scl_jax.training import sharding
+from scl_jax.training.loop import Feed
+from scl_jax.types import FIELDS, Batch
 
 SETS = ("images", "videos", "questions", "statements", "entailment")
 DATA = {"vqa": "questions", "nlvr2": "statements", "entailment": "entailment", "retrieval": "images"}
@@ -77,6 +80,21 @@ def config(data_dir: Path, task: str, stream: str = "images", **changes):
     c.evaluate.update(every=2, batch_size=8, best=True)
     c.update_from_flattened_dict(changes)
     return c
+
+
+@pytest.mark.parametrize("task", ["pretrain", *DATA])
+def test_the_planned_batch_is_that_of_the_data(task, data_dir, tmp_path):
+    """What `model.remat=auto` compiles is the step that then runs."""
+    options = toy_run.config(data_dir, **{"mesh.data": -1}) if task == "pretrain" else config(data_dir, task)
+    session = Session(options, tmp_path)
+    real = Feed(iter(session.training_data()), session.mesh).take()
+    planned = build.batch_shapes(session.config, real.stream, session.mesh)
+
+    def kinds(batch: Batch) -> dict:
+        arrays = {name: getattr(batch, name) for name in FIELDS if getattr(batch, name) is not None}
+        return {name: (array.shape, array.dtype, array.sharding) for name, array in arrays.items()}
+
+    assert kinds(planned) == kinds(real.batch)
 
 
 def run(data_dir: Path, workdir: Path, pretrained: Path, task: str, **changes) -> dict:

@@ -46,8 +46,18 @@ def main(argv: list[str]) -> None:
         _run()
 
 
+# what helps where a device's memory is too small, in the order of what it costs
+LESS_MEMORY = (
+    "model.remat=full computes most activations again; train.accumulate takes a step in so many parts, with the same "
+    "negatives and gradient; mesh.fsdp splits parameters over devices; evaluate.batch_size counts in evaluations"
+)
+
+
 def _run() -> None:
+    import jax
+
     from scl_jax.compilation_cache import keep_compiled
+    from scl_jax.remat import out_of_memory
     from scl_jax.session import Session
     from scl_jax.training.checkpoint import no_space
 
@@ -62,6 +72,10 @@ def _run() -> None:
         full = "" if isinstance(error, ValueError) else no_space(error)
         then = f" ({full}: make room; the same command continues from the newest checkpoint)" if full else ""
         sys.exit(f"error: {error}{then}")
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: a device's memory is too small ({str(error).splitlines()[0]}): {LESS_MEMORY}")
 
 
 def parse(arguments: list[str]) -> list[str]:

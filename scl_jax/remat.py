@@ -40,8 +40,8 @@ def with_policy(config: ConfigDict, policy: str) -> ConfigDict:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the compiler refused a program for its memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether a compiler refused a program for its memory, or a device could not give a program what it asked for."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 def kept_by(config: ConfigDict, task: Task, stream: str, mesh: Mesh) -> int:

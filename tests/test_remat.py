@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import toy_run
 
-from scl_jax import build, compile_tpu, remat
+from scl_jax import build, compilation_cache, compile_tpu, main, remat, session
 from scl_jax.config import finalize
 from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.session import Session
@@ -145,20 +146,38 @@ def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypat
     """The memory lies between what two policies plan, so that the compiler's plans decide."""
     alone = {"data.videos.share": 0.0, "train.steps": 1, "log.console": True}
     config = toy_run.config(data_dir, **FEW | alone)
-    session = Session(config, tmp_path / "plan")
+    run = Session(config, tmp_path / "plan")
     plans = {}
     for policy in remat.POLICIES[:2]:
-        tried = remat.with_policy(session.config, policy)
-        plans[policy], how = remat.needed(tried, session.task, "images", session.mesh, 2**40)
+        tried = remat.with_policy(run.config, policy)
+        plans[policy], how = remat.needed(tried, run.task, "images", run.mesh, 2**40)
         assert how == "planned"
     assert plans["none"] > 1.05 * plans["dots"]
     limit = int((plans["none"] + plans["dots"]) / 2 / remat.ROOM)
     monkeypatch.setattr(remat, "device_memory", lambda: limit)
-    session = Session(config, tmp_path / "run")
-    assert session.train()
+    assert Session(config, tmp_path / "run").train()
     said = capsys.readouterr().out
     assert "model.remat=none:" in said and "model.remat=dots:" in said and "planned (images): taken" in said
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["remat"] == "dots"
     losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses[0]["loss/images/contrastive"])
     assert Session(config, tmp_path / "run").train()  # and can be continued by the config that leaves it open
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])
+def test_a_device_that_is_too_small_ends_a_run_with_what_to_do(code, monkeypatch, tmp_path):
+    """As XLA says it on a GPU and on a CPU; other errors of the device keep their traceback."""
+    said = [f"{code}: Out of memory while trying to allocate 12345678 bytes.\nBufferAssignment: …"]
+
+    def begin(*_):
+        raise jax.errors.JaxRuntimeError(said[0])
+
+    for name, value in {"_CONFIG": toy_run.config(tmp_path), "_WORKDIR": tmp_path, "_MODE": "train"}.items():
+        monkeypatch.setattr(main, name, SimpleNamespace(value=value))
+    monkeypatch.setattr(session, "Session", begin)
+    monkeypatch.setattr(compilation_cache, "keep_compiled", lambda _: None)
+    with pytest.raises(SystemExit, match="too small .*12345678 bytes.*model.remat=full .*train.accumulate"):
+        main._run()
+    said[0] = "INTERNAL: a mistake"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        main._run()

@@ -82,12 +82,13 @@ training runs, with all objectives on. Written by `python -m scl_jax.scaling_tab
 all numbers. Nothing here was measured on a TPU: memory and FLOPs are the compiler's, seconds are its own.
 
 Memory is that of one chip: arguments (parameters, optimizer state, batch), temporaries, and their sum with the
-program's code, against what a program may use. FLOPs are those of a chip in one step, of matrix products, recomputation
+program's code, against what a program may use; `model.remat=auto` takes the first of `none`, `dots` and `full` that
+needs at most nine tenths of it. FLOPs are those of a chip in one step, of matrix products, recomputation
 included: of the compiled program, and of the program as written divided by the chips; where the first is larger,
 chips do the same work twice. Collectives are the bytes that a chip sends in one step if rings carry them.
 
-A row is as old as its record: where FLOPs as written differ for as many samples a chip of one config, the code has
-changed in between.
+A row is as old as its record: where FLOPs as written differ for as many samples a chip of one config and policy, the
+code has changed in between.
 """
 
 

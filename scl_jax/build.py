@@ -69,13 +69,13 @@ def unroll(config: ConfigDict) -> int:
     """Layers a turn of the loops over layers; 0 takes all of them on a GPU, one elsewhere.
 
     A loop writes all that the backward pass needs into stacks, and reads it back. Where `model.remat` leaves little to
-    stack, the loop stays, which compiles sooner.
+    stack ("full"), the loop stays, which compiles sooner.
     """
     m = config.model
     if m.unroll:
         return m.unroll
     on_gpu = jax.default_backend() == "gpu"
-    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and remat(config) == "none" else 1
+    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and remat(config) != "full" else 1
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not

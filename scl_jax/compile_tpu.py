@@ -36,7 +36,7 @@ from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.config_flag import CONFIG as _CONFIG
 from scl_jax.models import parameters
-from scl_jax.remat import FAR_BEYOND, ROOM, kept_by, out_of_memory, policies, with_policy
+from scl_jax.remat import ROOM, least, out_of_memory, policies, with_policy
 from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
 from scl_jax.training.flops import count_flops
@@ -140,9 +140,9 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         traced_flops=count_flops(step, *arguments, static_argnums=(2,)) / len(devices),
         hbm=HBM.get(topology.partition(":")[0], float("inf")) * GIB,
     )
-    kept = kept_by(config, task, stream, mesh)
-    if kept > FAR_BEYOND * findings.hbm:
-        problem = f"not compiled: {kept / GIB:.1f} GiB a chip kept for the backward pass, as written"
+    at_least = least(config, task, stream, mesh)
+    if at_least > findings.hbm:
+        problem = f"not compiled: at least {at_least / GIB:.1f} GiB a chip for the backward pass"
         return dataclasses.replace(findings, problem=problem, seconds=time.perf_counter() - start)
     warnings: list[str] = []
     try:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 import toy_run
 
@@ -37,19 +36,19 @@ def sizes(needs: dict[str, float], monkeypatch) -> None:
     monkeypatch.setattr(remat, "needed", needed)
 
 
-def test_each_policy_keeps_less_than_the_one_before():
+def test_each_policy_needs_less_than_the_one_before():
     config, task, mesh = planned(**{"objectives.matching.weight": 1.0})  # which has fused layers, too
     none, dots, full = (
-        remat.kept_by(remat.with_policy(config, policy), task, "videos", mesh) for policy in remat.POLICIES
+        remat.least(remat.with_policy(config, policy), task, "videos", mesh) for policy in remat.POLICIES
     )
     assert none > 1.5 * dots > 1.5 * full > 0
 
 
-def test_what_is_kept_is_that_of_a_micro_batch():
+def test_what_is_needed_is_that_of_a_micro_batch():
     config, task, mesh = planned()
-    whole = remat.kept_by(config, task, "images", mesh)
+    whole = remat.least(config, task, "images", mesh)
     config.train.accumulate = 2
-    assert whole / 2 < remat.kept_by(config, task, "images", mesh) < 0.7 * whole  # weights stay as they are
+    assert whole / 2 < remat.least(config, task, "images", mesh) < 0.7 * whole  # weights stay as they are
 
 
 @pytest.mark.parametrize(
@@ -87,13 +86,13 @@ def test_where_devices_do_not_say_what_they_have_nothing_is_computed_again(monke
     assert remat.resolve(config, task, ["images"], mesh).model.remat == "none"
 
 
-def test_what_is_far_beyond_the_memory_is_not_compiled(monkeypatch):
+def test_what_cannot_fit_is_not_compiled(monkeypatch):
     monkeypatch.setattr(build, "planned_step", None)
     said: list[str] = []
     config, task, mesh = planned()
     assert remat.resolve(config, task, ["images"], mesh, said.append, 2**10).model.remat == "full"
     assert [line.partition(":")[0] for line in said] == ["model.remat=none", "model.remat=dots", "model.remat=full"]
-    assert "GiB as written (images): too much" in said[0]
+    assert "GiB at least (images): too much" in said[0]
 
 
 class Refused:
@@ -126,7 +125,7 @@ def test_processes_agree_on_the_policy_that_needs_least(monkeypatch):
     assert [remat.agreed(policy, 1) for policy in remat.POLICIES] == ["dots", "dots", "full"]
 
 
-def test_the_tpu_compiler_is_spared_what_is_far_beyond_a_chip(monkeypatch):
+def test_the_tpu_compiler_is_spared_what_cannot_fit(monkeypatch):
     config, task, mesh = planned()
     arguments = build.planned_step(config, task, "images", mesh)[1]
     monkeypatch.setattr(build, "planned_step", lambda *_: (Refused("INTERNAL: compiled"), arguments))
@@ -134,7 +133,7 @@ def test_the_tpu_compiler_is_spared_what_is_far_beyond_a_chip(monkeypatch):
     monkeypatch.setitem(compile_tpu.HBM, "v5e", 2**-20)
     (*_, last) = compile_tpu.find(config, "images", list(mesh.devices.flat), "v5e:2x4", 4)
     assert last.remat == "full" and not last.fits
-    assert last.problem.startswith("not compiled: ") and last.problem.endswith("for the backward pass, as written")
+    assert last.problem.startswith("not compiled: at least ")
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +143,8 @@ def data_dir(tmp_path_factory) -> Path:
 
 def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypatch, capsys):
     """The memory lies between what two policies plan, so that the compiler's plans decide."""
-    alone = {"data.videos.share": 0.0, "train.steps": 1, "log.console": True}
-    config = toy_run.config(data_dir, **FEW | alone)
-    run = Session(config, tmp_path / "plan")
+    config = toy_run.config(data_dir, **FEW | {"data.videos.share": 0.0, "log.console": True})
+    run = Session(config, tmp_path)
     plans = {}
     for policy in remat.POLICIES[:2]:
         tried = remat.with_policy(run.config, policy)
@@ -155,13 +153,12 @@ def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypat
     assert plans["none"] > 1.05 * plans["dots"]
     limit = int((plans["none"] + plans["dots"]) / 2 / remat.ROOM)
     monkeypatch.setattr(remat, "device_memory", lambda: limit)
-    assert Session(config, tmp_path / "run").train()
+    monkeypatch.setattr(session, "train", lambda task, step, state, *_: (state, False))  # a signal at once
+    assert not run.train()
     said = capsys.readouterr().out
     assert "model.remat=none:" in said and "model.remat=dots:" in said and "planned (images): taken" in said
-    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["remat"] == "dots"
-    losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite(losses[0]["loss/images/contrastive"])
-    assert Session(config, tmp_path / "run").train()  # and can be continued by the config that leaves it open
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["remat"] == "dots"
+    assert run.initial_state()[0] != Session(config, tmp_path).initial_state()[0]  # graphs hold the policy
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])

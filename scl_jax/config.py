@@ -70,7 +70,7 @@ def _model() -> ConfigDict:
             "initializer_range": 0.02,  # deviation of random weights in text, fusion and heads: BERT's, for its width
             "dtype": "bfloat16",  # of activations; parameters, norms, softmax and losses stay float32
             # what a step computes again instead of keeping it: none | dots (all but matrix products) | full (all of a
-            # layer); auto: the first of these that fits the device, which takes a compilation of those before it
+            # layer); auto: the first of these that fits the device, for which they are compiled; on CPUs none
             "remat": "auto",
             # auto | xla | by_head (for CPUs) | fused | cudnn; the last two are kernels for GPUs, in bfloat16, and
             # those of cuDNN know no dropout

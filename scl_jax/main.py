@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         _run()
 
 
-# what helps where a device's memory is too small, in the order of what it costs
+# what helps where a device's memory is too small
 LESS_MEMORY = (
     "model.remat=full computes most activations again; train.accumulate takes a step in so many parts, with the same "
     "negatives and gradient; mesh.fsdp splits parameters over devices; evaluate.batch_size counts in evaluations"

@@ -27,8 +27,8 @@ def kept_bytes(
 ) -> int:
     """Bytes that the forward pass of a micro-batch leaves for its backward pass, over all devices.
 
-    Counted on the traced program, so within seconds; arguments may be shapes. A compiled program may keep less, since
-    XLA computes some arrays again where it fuses them.
+    Counted on the traced program, so within seconds; arguments may be shapes. A compiled program holds less where XLA
+    fuses arrays into what reads them, and more where it pads them.
     """
     rows = batch.weight.shape[0] // accumulate
     micro_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)

@@ -18,6 +18,7 @@ import toy_run
 from scl_jax import build, compile_tpu, scaling_table
 from scl_jax.compile_tpu import Findings, compile_step, describe, find, tpu_devices, with_mesh
 from scl_jax.config import ConfigError, finalize
+from scl_jax.remat import out_of_memory
 from scl_jax.tpu_compiler import roomy_stacks
 from scl_jax.training import sharding
 
@@ -84,6 +85,12 @@ def test_a_small_step_compiles_for_eight_chips_and_no_chip_holds_or_does_it_all(
     assert moved < 0.02 * sum(sent.values()), told
     assert not step["warnings"], told
     assert "fits with remat none" in told
+
+
+def test_a_batch_that_is_too_large_is_refused_and_not_taken_for_a_mistake(compiler):
+    refused = compiler["refused"]
+    assert not refused["fits"] and out_of_memory(RuntimeError(refused["problem"])), refused["problem"]
+    assert "does not fit: RESOURCE_EXHAUSTED" in refused["described"]
 
 
 def test_slices_have_as_many_devices_as_chips(compiler):

@@ -7,11 +7,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import toy_run
 from jax.experimental import topologies
 
+from scl_jax import remat
 from scl_jax.compile_tpu import compile_step, describe, tpu_devices
 from scl_jax.config import finalize
 from scl_jax.objectives.views import OBJECTIVES
@@ -48,10 +50,10 @@ def slices_of_data() -> dict:
     raise AssertionError("a mesh whose fsdp axis crosses slices was made")
 
 
-def small_step(objectives: tuple[str, ...]) -> dict:
+def small_step(objectives: tuple[str, ...], batch_size: int = 64) -> dict:
     """The findings on a step with these objectives for eight chips."""
     config = toy_run.config(Path("nowhere"), **{"mesh.fsdp": 4, "data.videos.share": 0.0})
-    config.data.images.batch_size = 64
+    config.data.images.batch_size = batch_size
     for part in (config.model.vision, config.model.text, config.model.fusion):
         part.update(
             width=256, mlp_width=512
@@ -63,6 +65,12 @@ def small_step(objectives: tuple[str, ...]) -> dict:
     return dataclasses.asdict(found) | {"described": describe(found)}
 
 
+def refused_step() -> dict:
+    """The same for a batch that is too large, though it is not passed over before it is compiled."""
+    with mock.patch.dict(remat.LEAST, tpu=0.0):
+        return small_step(("contrastive",), 2**19)
+
+
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     facts = {
@@ -71,6 +79,7 @@ def main() -> None:
         "rows": rows_of_hosts(),
         "two_slices": slices_of_data(),
         "step": small_step(tuple(sys.argv[2:])),
+        "refused": refused_step(),
     }
     Path(sys.argv[1]).write_text(json.dumps(facts))
 

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
 from scl_jax.tasks.task import Task
-from scl_jax.training.step import weighted_total
+from scl_jax.training.step import total_loss
 from scl_jax.types import Batch
 
 
@@ -36,14 +35,8 @@ def kept_bytes(
     def pull_back(params: Params, batch: Batch, seed: jax.Array) -> Any:
         """The function that carries a cotangent back: its leaves are what has been kept."""
         key = jax.random.key(seed)
-        masks = task.draw_masks(batch, key)
-
-        def total(params: Params) -> jax.Array:
-            outputs = task.features(parameters.merge(graph, params), batch, masks, active, key if dropout else None)
-            losses = outputs.losses | task.whole_batch_losses(outputs.whole_batch)
-            return weighted_total(losses, dict.fromkeys(losses, 1.0))
-
-        return jax.vjp(total, params)[1]
+        fixed = (batch, task.draw_masks(batch, key), active, task.weights(0), key if dropout else None)
+        return jax.vjp(lambda params: total_loss(task, graph, params, *fixed), params, has_aux=True)[1]
 
     kept = jax.eval_shape(pull_back, params, micro_batch, jax.ShapeDtypeStruct((), np.int32))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))

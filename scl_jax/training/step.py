@@ -48,15 +48,22 @@ def weighted_total(losses: dict[str, LossSum], weights: dict[str, Any]) -> Float
     return sum((weights[name] * loss.mean() for name, loss in losses.items()), jnp.zeros([]))
 
 
+def total_loss(
+    task: Task, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key
+) -> tuple[Float[Array, ""], Outputs]:
+    """The total loss by one pass over the batch, and all losses; `key` switches dropout on."""
+    outputs = task.features(parameters.merge(graph, params), batch, masks, active, key)
+    losses = outputs.losses | task.whole_batch_losses(outputs.whole_batch)
+    return weighted_total(losses, weights), dataclasses.replace(outputs, losses=losses)
+
+
 def whole_batch_gradient(
     task: Task, graph: nnx.GraphDef, params: Params, batch: Batch, masks, active, weights, key
 ) -> tuple[Params, Outputs]:
     """Gradient of the total loss by one pass over the batch."""
 
-    def total(params):
-        outputs = task.features(parameters.merge(graph, params), batch, masks, active, key)
-        losses = outputs.losses | task.whole_batch_losses(outputs.whole_batch)
-        return weighted_total(losses, weights), dataclasses.replace(outputs, losses=losses)
+    def total(params: Params) -> tuple[Float[Array, ""], Outputs]:
+        return total_loss(task, graph, params, batch, masks, active, weights, key)
 
     return jax.grad(total, has_aux=True)(params)
 

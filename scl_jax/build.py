@@ -54,10 +54,7 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
 
 def attention(config: ConfigDict) -> str:
     """The `implementation` of `models/attention.py:attend`: "auto" takes what suits the platform."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    on_gpu, on_cpu = (jax.default_backend() == platform for platform in ("gpu", "cpu"))
-    return "by_head" if on_cpu else "fused" if on_gpu and config.model.dtype == "bfloat16" else "xla"
+    return for_platform(config, jax.default_backend()).model.attention
 
 
 def remat(config: ConfigDict) -> str:
@@ -66,16 +63,26 @@ def remat(config: ConfigDict) -> str:
 
 
 def unroll(config: ConfigDict) -> int:
-    """Layers a turn of the loops over layers; 0 takes all of them on a GPU, one elsewhere.
+    """Layers a turn of the loops over layers; 0 takes what suits the platform."""
+    return for_platform(config, jax.default_backend()).model.unroll
 
-    A loop writes all that the backward pass needs into stacks, and reads it back. Where `model.remat` leaves little to
-    stack ("full"), the loop stays, which compiles sooner.
+
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+    """The config with `model.attention` and `model.unroll` chosen for a platform where they are left open.
+
+    Our kernels for attention compute in bfloat16. A loop over layers writes all that the backward pass needs into
+    stacks, and reads it back: on GPUs and TPUs all layers stand in a row, except where `model.remat` leaves little to
+    stack ("full"), since a loop compiles sooner.
     """
+    config = config.copy_and_resolve_references()
     m = config.model
-    if m.unroll:
-        return m.unroll
-    on_gpu = jax.default_backend() == "gpu"
-    return max(m[part].layers for part in ("vision", "text", "fusion")) if on_gpu and remat(config) != "full" else 1
+    if m.attention == "auto":
+        kernels = {"gpu": "fused", "tpu": "mosaic"} if m.dtype == "bfloat16" else {}
+        m.attention = kernels.get(platform, "by_head" if platform == "cpu" else "xla")
+    if m.unroll == 0:
+        in_a_row = platform in ("gpu", "tpu") and remat(config) != "full"
+        m.unroll = max(m[part].layers for part in ("vision", "text", "fusion")) if in_a_row else 1
+    return config
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not

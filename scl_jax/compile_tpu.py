@@ -22,6 +22,7 @@ import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from scl_jax import build
+from scl_jax.benchmark.profile import scope_of
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.config_flag import CONFIG as _CONFIG
@@ -45,6 +47,10 @@ from scl_jax.training.memory import planned_bytes
 
 GIB = 2**30
 ANSWERS = 3129  # of VQA v2
+# clocks, by the maker's peak in bfloat16 over the products of a cycle: 8 units of 128 × 128 on a v4 or v5p chip, 4 on a
+# v5e, 4 of 256 × 256 on a v6e
+GIGAHERTZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
+SCOPES = 12  # of the longest ones are shown
 # HBM that a program may use, in GiB, as the compiler of libtpu 0.0.42 names it when it refuses one
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 
@@ -79,6 +85,8 @@ class Findings:
     flops: float = 0.0  # of the compiled program
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # kind → (how many, bytes sent)
     buffers: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)  # (bytes, type, origin)
+    # scope → seconds by the compiler's cost model, without kernels, collectives and copies in the background
+    seconds_by_scope: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)  # costly changes of layout; loops counted once
     problem: str = ""  # why it was refused
     seconds: float = 0.0
@@ -118,9 +126,7 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         ConfigError: the config cannot run on so many devices.
     """
     start = time.perf_counter()
-    if config.model.attention == "auto":
-        config = config.copy_and_resolve_references()
-        config.model.attention = "xla"  # what it is on a TPU; this process runs on a CPU
+    config = build.for_platform(config, "tpu")  # this process runs on a CPU
     check(config, 0, len(devices), max(1, len({device.process_index for device in devices})))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     vocabulary = config.model.text.vocab_size
@@ -166,9 +172,19 @@ def compile_step(config: ConfigDict, stream: str, devices: list[Any], topology: 
         flops=program.flops(),
         collectives=program.collectives(),
         buffers=program.largest(buffers),
+        seconds_by_scope=seconds_by_scope(program, topology),
         warnings=[*warnings, *(f"counted once, trip count unknown: {loop}" for loop in program.unbounded())],
         seconds=time.perf_counter() - start,
     )
+
+
+def seconds_by_scope(program: Program, topology: str) -> dict[str, float]:
+    """Seconds of one step by named scope as the compiler's cost model has them, the longest first; none on a CPU."""
+    clock = 1e9 * GIGAHERTZ.get(topology.partition(":")[0], 1.0)
+    seconds: dict[str, float] = defaultdict(float)
+    for origin, cycles in program.cycles().items():
+        seconds[scope_of(origin)] += cycles / clock
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 @contextmanager
@@ -217,6 +233,10 @@ def describe(f: Findings) -> str:
     lines += [
         f"  {kind:<18}{size / 2**20:8.1f} MiB sent a chip by {count}" for kind, (count, size) in f.collectives.items()
     ]
+    if f.seconds_by_scope:
+        longest = ", ".join(f"{scope} {1e3 * s:.1f}" for scope, s in list(f.seconds_by_scope.items())[:SCOPES])
+        total = 1e3 * sum(f.seconds_by_scope.values())
+        lines += [f"  compiler's guess  {total:8.1f} ms a step, without kernels and collectives: {longest}"]
     lines += [f"  buffer            {size / 2**20:8.1f} MiB {kind}  {origin}" for size, kind, origin in f.buffers]
     lines += [f"  warning           {line}" for line in f.warnings]
     verdict = "fits" if f.fits else "does not fit"

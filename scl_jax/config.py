@@ -72,10 +72,11 @@ def _model() -> ConfigDict:
             # what a step computes again instead of keeping it: none | dots (all but matrix products) | full (all of a
             # layer); auto: the first of these that fits the device, for which they are compiled; on CPUs none
             "remat": "auto",
-            # auto | xla | by_head (for CPUs) | fused | cudnn; the last two are kernels for GPUs, in bfloat16, and
-            # those of cuDNN know no dropout
+            # auto | xla | by_head (for CPUs) | mosaic (our kernel for TPUs) | fused (ours for GPUs) | cudnn; the last
+            # three are in bfloat16, and cuDNN's kernels know no dropout
             "attention": "auto",
-            # layers that a turn of the loop over layers holds: faster steps, longer compilation; 0: all on GPUs, else 1
+            # layers that a turn of the loop over layers holds: faster steps, longer compilation; 0: on GPUs and TPUs
+            # all, unless model.remat is full, else one
             "unroll": 0,
         }
     )

@@ -70,7 +70,7 @@ def _check_model(config: ConfigDict, vocab_size: int) -> Iterator[str]:
         f"model.vision.image_size {m.vision.image_size} does not divide by patch_size {m.vision.patch_size}",
     )
     half = m.dtype == "bfloat16"
-    kernels = m.attention in ("cudnn", "fused")
+    kernels = m.attention in ("cudnn", "fused", "mosaic")
     yield from _unless(half or not kernels, f"model.attention={m.attention} needs bfloat16, not {m.dtype}")
     yield from _unless(
         vocab_size <= m.text.vocab_size,

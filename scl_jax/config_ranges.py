@@ -99,7 +99,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"seed", NOT_NEGATIVE),
     (r"model\.remat", Choice(("auto", "none", "dots", "full"))),
     (r"model\.dtype", Choice(("float32", "bfloat16"))),
-    (r"model\.attention", Choice(("auto", "xla", "by_head", "fused", "cudnn"))),
+    (r"model\.attention", Choice(("auto", "xla", "by_head", "mosaic", "fused", "cudnn"))),
     (r"model\.(answers|unroll)", NOT_NEGATIVE),
     (r"model\.(attention_)?dropout", DECAY),
     (r"model\.(initial_temperature|initializer_range)", POSITIVE),

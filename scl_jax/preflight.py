@@ -1,4 +1,4 @@
-"""What a config names outside of itself: is it there? Looked at before the first compilation."""
+"""What a config names outside of itself: is it there, and does it work? Looked at before the step is compiled."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
+import jax
 from ml_collections import ConfigDict
 
+from scl_jax import build
 from scl_jax.config import active_streams
 from scl_jax.convert.sources import locate
 from scl_jax.data.builders import open_source
+from scl_jax.kernel_check import attention_problems
 
 T = TypeVar("T")
 MODES = ("train", "evaluate", "replay")
@@ -42,6 +45,8 @@ def missing(config: ConfigDict, mode: str, continued: bool) -> list[str]:
     project = config.log.wandb_project
     if project and importlib.util.find_spec("wandb") is None:
         problems.append(f"log.wandb_project={project!r} needs wandb: pip install wandb, or leave it empty")
+    if jax.default_backend() == "tpu" and build.attention(config) == "mosaic":
+        problems += attention_problems()
     return list(dict.fromkeys(problems))
 
 

@@ -93,6 +93,12 @@ def test_a_batch_that_is_too_large_is_refused_and_not_taken_for_a_mistake(compil
     assert "does not fit: RESOURCE_EXHAUSTED" in refused["described"]
 
 
+def test_every_kind_of_chip_takes_the_kernel_for_attention(compiler):
+    """One forward, one backward."""
+    assert compiler["kernels"] == {"v4": 2, "v5e": 2, "v5p": 2, "v6e": 2}
+    assert "compiler's guess" in compiler["step"]["described"]
+
+
 def test_slices_have_as_many_devices_as_chips(compiler):
     assert compiler["chips"] == {"v5e:16x16": 256, "v4:4x4x4": 64, "v5p:8x8x16": 1024, "v6e:8x8": 64}
 
@@ -152,7 +158,9 @@ def test_policies_that_need_less_memory_are_tried_until_one_fits(monkeypatch):
 
 
 def test_findings_are_told_in_units_of_people():
-    told = describe(findings(warnings=["Involuntary full rematerialization"]))
+    seconds = {"fusion": 0.012, "vision/mlp": 0.0035}
+    told = describe(findings(warnings=["Involuntary full rematerialization"], seconds_by_scope=seconds))
+    assert "compiler's guess      15.5 ms a step, without kernels and collectives: fusion 12.0, vision/mlp 3.5" in told
     assert "memory a chip         3.00 GiB of 16.00: arguments 1.00, temporaries 2.00" in told
     assert "FLOPs a chip         2.500 T compiled, 2.000 T as written" in told
     assert "all-reduce            16.0 MiB sent a chip by 4" in told

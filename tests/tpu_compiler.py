@@ -10,12 +10,15 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import toy_run
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from scl_jax import remat
 from scl_jax.compile_tpu import compile_step, describe, tpu_devices
 from scl_jax.config import finalize
+from scl_jax.models.mosaic_attention import mosaic_attention
 from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.training import sharding
 
@@ -65,6 +68,24 @@ def small_step(objectives: tuple[str, ...], batch_size: int = 64) -> dict:
     return dataclasses.asdict(found) | {"described": describe(found)}
 
 
+def kernels() -> dict[str, int]:
+    """How many kernels attention and its gradients take on each kind of chip: clips' two blocks of queries."""
+
+    def loss(query, key, value, mask, words):
+        y = mosaic_attention(query, key, value, mask, 0.1, jax.random.wrap_key_data(words))
+        return y.astype(jnp.float32).sum()
+
+    shapes = [(2, n, 4, 64) for n in (788, 325, 325)]
+    arrays = [(shape, jnp.bfloat16) for shape in shapes] + [((2, 325), jnp.bool_), ((2,), jnp.uint32)]
+    found = {}
+    for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+        chip = SingleDeviceSharding(tpu_devices(topology)[0])
+        specs = [jax.ShapeDtypeStruct(shape, dtype, sharding=chip) for shape, dtype in arrays]
+        text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*specs).compile().as_text()
+        found[topology.partition(":")[0]] = text.count('custom_call_target="tpu_custom_call"')
+    return found
+
+
 def refused_step() -> dict:
     """The same for a batch that is too large, though it is not passed over before it is compiled."""
     with mock.patch.dict(remat.LEAST, tpu=0.0):
@@ -80,6 +101,7 @@ def main() -> None:
         "two_slices": slices_of_data(),
         "step": small_step(tuple(sys.argv[2:])),
         "refused": refused_step(),
+        "kernels": kernels(),
     }
     Path(sys.argv[1]).write_text(json.dumps(facts))
 

@@ -158,8 +158,9 @@ class FrameAttention(nnx.Module):
 
         if f == 1:  # [CLS] sees what the patches see: one call
             return within(query).reshape(b, v * n, *head)
-        # (B·V, F, H, d); a few queries gain nothing from a fused kernel
-        cls = attend(query[..., 0, :, :].reshape(b * v, f, *head), by_view(key), by_view(value))
+        # (B·V, F, H, d); a few queries gain nothing from a kernel for GPUs
+        few = "mosaic" if self.implementation == "mosaic" else "xla"
+        cls = attend(query[..., 0, :, :].reshape(b * v, f, *head), by_view(key), by_view(value), implementation=few)
         patches = within(query[..., 1:, :, :]).reshape(b, v, f, n - 1, *head)
         y = jnp.concatenate([cls.reshape(b, v, f, 1, *head), patches], axis=3)
         return y.reshape(b, v * f * n, *head)

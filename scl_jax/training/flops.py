@@ -53,6 +53,8 @@ def _flops(jaxpr: core.Jaxpr) -> float:
             total += equation.params["cost_estimate"].flops
         elif equation.primitive.name == "shard_map":
             (inner,) = _inner(equation.params)
+            if not inner.invars:  # what nobody reads has been taken out, and no product of inputs is left
+                continue
             total += _flops(inner) * equation.invars[0].aval.size / inner.invars[0].aval.size  # pyright: ignore[reportAttributeAccessIssue]
         else:
             total += sum(_flops(inner) for inner in _inner(equation.params))

@@ -122,10 +122,12 @@ class Program:
                 yield computation, instruction, times
 
     def flops(self) -> float:
-        """FLOPs of matrix products and convolutions in one call, on one device."""
+        """FLOPs of matrix products and convolutions in one call, on one device; of kernels what they say themselves."""
         total = 0.0
         for computation, instruction, times in self._executed():
-            if instruction.opcode in ("convolution", "dot"):
+            if instruction.opcode == "custom-call":
+                total += times * int(instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+            elif instruction.opcode in ("convolution", "dot"):
                 shapes = [arrays(computation[operand].type)[0][1] for operand in instruction.operands[:2]]
                 count = _convolution_flops if instruction.opcode == "convolution" else _dot_flops
                 total += times * count(instruction, *shapes)
@@ -155,17 +157,30 @@ class Program:
             totals[kind] = (count + times, size + times * sent)
         return dict(sorted(totals.items(), key=lambda item: -item[1][1]))
 
+    def cycles(self) -> dict[str, int]:
+        """What computes → clock cycles of one call by the TPU compiler's own cost model, which knows no kernels.
+
+        Neither does it count collectives and copies in the background.
+        """
+        totals: dict[str, int] = defaultdict(int)
+        for name in self.runs.keys() - self._fused:
+            for instruction in self.computations[name].values():
+                estimate = instruction.attribute(r'"estimated_cycles":"(\d+)"')
+                if estimate is not None:
+                    origin = instruction.attribute(r'op_name="([^"]*)"') or instruction.name
+                    totals[origin] += self.runs[name] * int(estimate)
+        return dict(totals)
+
+    @cached_property
+    def _fused(self) -> set[str]:
+        """The computations inside of fusions."""
+        instructions = (x for computation in self.computations.values() for x in computation.values())
+        return {called for x in instructions if x.opcode == "fusion" for called in _called(x)}
+
     def largest(self, count: int) -> list[tuple[int, str, str]]:
         """(bytes, type, what computes it) of the largest results in the main memory; equal ones once."""
-        fused = {
-            called
-            for computation in self.computations.values()
-            for instruction in computation.values()
-            if instruction.opcode == "fusion"
-            for called in _called(instruction)
-        }
         found: dict[tuple[str, str], int] = {}
-        for name in self.runs.keys() - fused:
+        for name in self.runs.keys() - self._fused:
             for instruction in self.computations[name].values():
                 if instruction.opcode in NO_BUFFER or instruction.opcode.endswith(("-start", "-done")):
                     continue

@@ -75,7 +75,8 @@ def test_kernels_get_even_lengths_and_dropout_goes_the_plain_way(monkeypatch):
         ("gpu", "bfloat16", "xla", "xla"),
         ("cpu", "bfloat16", "auto", "by_head"),
         ("cpu", "float32", "xla", "xla"),
-        ("tpu", "bfloat16", "auto", "xla"),
+        ("tpu", "bfloat16", "auto", "mosaic"),
+        ("tpu", "float32", "auto", "xla"),
     ],
 )
 def test_which_attention_a_platform_gets(monkeypatch, backend, dtype, option, expected):

@@ -19,6 +19,7 @@ from golden_case import GOLDEN
 from scl_jax.models import parameters
 from scl_jax.models.fusion import FusionConfig, Pairing, Sizes, Wanted
 from scl_jax.models.layers import gather_tokens
+from scl_jax.models.mosaic_attention import mosaic_attention
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import ImageViews, VisionConfig, class_tokens_first, resize_positions
@@ -424,3 +425,17 @@ def test_layers_are_stacked_and_run_in_order():
     last, outputs = layers(x, lambda layer, x, key: layer(x, mask, key=key), return_layers=True)
     np.testing.assert_allclose(outputs, jnp.stack(expected), atol=TOLERANCE)
     np.testing.assert_array_equal(last, outputs[-1])
+
+
+def test_the_kernel_for_tpus_changes_no_number_of_the_whole_network(monkeypatch):
+    """Run as ordinary operations, without dropout: its views go one by one, which splits dropout's key otherwise."""
+    interpreted = partial(mosaic_attention, interpret=True)
+    monkeypatch.setattr("scl_jax.models.attention.mosaic_attention", interpreted)
+
+    def value_and_gradient(attention: str):
+        return jax.jit(jax.value_and_grad(lambda p: everything(model("none", 0.0, p, attention))))(params())
+
+    (value, gradient), (expected, expected_gradient) = (value_and_gradient(x) for x in ("mosaic", "xla"))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1.0, float(jnp.abs(y).max())))

@@ -7,7 +7,9 @@ from scl_jax import build
 from scl_jax.benchmark.workload import random_arrays
 from scl_jax.config import finalize
 from scl_jax.models import parameters
+from scl_jax.partition import by_sample, on_mesh
 from scl_jax.training.flops import count_flops, peak_flops
+from scl_jax.training.sharding import make_mesh
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step
 from scl_jax.types import Batch
@@ -24,6 +26,18 @@ def test_matrix_products_count_and_scans_count_every_turn():
         return jax.lax.scan(lambda x, _: (jax.checkpoint(lambda y: y @ square)(x), None), x, None, length=7)[0]
 
     assert count_flops(jax.jit(repeated), square) == 7 * 2 * 4**3
+
+
+def test_what_nobody_reads_of_a_split_program_counts_nothing():
+    """As with a kernel whose backward pass reads its inputs alone, in a layer that is computed again."""
+
+    @jax.custom_vjp
+    def kernel(x):
+        return by_sample(lambda x: x @ jnp.ones((3, 3)), x)
+
+    kernel.defvjp(lambda x: (kernel(x), x), lambda x, gradient: (x + gradient,))
+    layers = jax.grad(lambda x: jax.lax.scan(lambda x, _: (jax.checkpoint(kernel)(x), None), x, length=2)[0].sum())
+    assert count_flops(on_mesh(make_mesh(data=8, fsdp=1, tensor=1), layers), jnp.ones((8, 3))) == 2 * 2 * 8 * 3 * 3
 
 
 def test_the_backward_pass_of_a_product_is_two_products():

@@ -92,6 +92,27 @@ def test_flops_are_those_of_the_program_as_written():
     assert Program(text).flops() == count_flops(network, x) == 5 * 2 * 8 * 16 * 16 + 2 * 8 * 8 * 16
 
 
+def test_cycles_are_the_compilers_and_count_as_often_as_they_run():
+    def with_cycles(line: str, cycles: int) -> str:
+        return f'{line}, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+
+    text = LOOP.replace("to_apply=%add", with_cycles("to_apply=%add", 100))
+    text = text.replace('made_here"}', with_cycles('made_here"}', 7))
+    assert Program(text).cycles() == {"sum": 12 * 100, "jit(step)/made_here": 7}
+    inside = text.replace("{{0,1,2,3},{4,5,6,7}}", with_cycles("{{0,1,2,3},{4,5,6,7}}", 50))
+    assert Program(inside).cycles() == Program(text).cycles()  # a fusion's estimate is that of the whole
+
+
+def test_a_kernel_counts_what_it_says():
+    kernel = (
+        'custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"2048","bytes_accessed":"3"}}'
+    )
+    text = LOOP.replace(
+        "all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add", f"custom-call(%x), {kernel}"
+    )
+    assert Program(text).flops() == 12 * 2048
+
+
 def test_a_batched_product_written_as_a_convolution_counts_without_its_holes():
     """As TPU programs hold it: 32·2 products of (16, 32)·(32, 4), spread out by base dilation."""
     text = """

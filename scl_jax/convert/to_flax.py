@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from scl_jax.config import default_config
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import beside, check_target, checksum, write_parameters
 from scl_jax.convert.full_model import model_shapes, read_model
+from scl_jax.convert.inputs import DEFAULT_TOKENIZER, config_of
 from scl_jax.convert.rules import Report
 from scl_jax.convert.sources import check_finite, read_weights
 from scl_jax.convert.summary import Summary
@@ -25,36 +25,20 @@ INITIALISED = {
 }
 
 
-def config_of(sizes: SCLConfig, tokenizer: str) -> ConfigDict:
-    """The default config with the model's sizes: what a run needs to take these weights up."""
-    config = default_config()
-    m, s = config.model, sizes
-    m.dtype = "float32"  # whoever loads the weights computes what their owner did
-    m.vision.update(
-        width=s.vision_width, layers=s.vision_layers, heads=s.vision_heads, mlp_width=s.vision_mlp_width,
-        patch_size=s.patch_size, image_size=s.image_size, max_frames=s.max_frames,
-    )  # fmt: skip
-    m.text.update(
-        width=s.width, layers=s.text_layers, heads=s.heads, mlp_width=s.mlp_width, vocab_size=s.vocab_size,
-        max_positions=s.max_positions,
-    )  # fmt: skip
-    m.fusion.update(width=s.width, layers=s.fusion_layers, heads=s.heads, mlp_width=s.mlp_width)
-    m.projection_width = s.projection_width
-    config.data.tokenizer = tokenizer
-    config.data.images.image_size = s.image_size
-    return config
-
-
 def read_torch(path: Path, heads: int = 0, vision_heads: int = 0) -> tuple[dict[str, np.ndarray], SCLConfig, Report]:
-    """A full model from a torch file or folder, float32 and finite; heads from the folder's config.json if there."""
+    """A full model from a torch file or folder, float32 and finite.
+
+    What weights do not show (heads, dropout, the temperature at the start) is the folder's config.json's, if there.
+    """
     tensors = read_weights(path)
-    file = path / "config.json"
+    file, noted = path / "config.json", SCLConfig()
     if path.is_dir() and file.exists():  # written by this command: it knows the heads
         settings = json.loads(file.read_text())
         if "vision_heads" in settings:
-            sizes = SCLConfig.from_dict(settings)
-            heads, vision_heads = heads or sizes.heads, vision_heads or sizes.vision_heads
+            noted = SCLConfig.from_dict(settings)
+            heads, vision_heads = heads or noted.heads, vision_heads or noted.vision_heads
     flat, sizes, report = read_model(tensors, heads, vision_heads)
+    sizes = dataclasses.replace(sizes, dropout=noted.dropout, initial_temperature=noted.initial_temperature)
     check_finite(tensors, report.mapped, path)
     return flat, sizes, report
 
@@ -76,7 +60,8 @@ def to_flax(
 
     Args:
         heads, vision_heads: of attention; 0: those in the folder's config.json, or width / 64.
-        image_size, frames: resize the position table for images of this side (pixels), and the temporal rows; 0: keep.
+        image_size, frames: resize the position table for images and clips of this side (pixels), and the temporal
+            rows for clips of as many frames; 0: keep, and take the inputs that the folder notes.
         tokenizer: written into the config; empty: the tokenizer in the source folder, or roberta-base.
 
     Raises:
@@ -85,8 +70,7 @@ def to_flax(
     if not dry_run:
         check_target(target, overwrite)
     flat, sizes, report = read_torch(path, heads, vision_heads)
-    changes = {"image_size": image_size or sizes.image_size, "max_frames": frames or sizes.max_frames}
-    sizes = SCLConfig(**{**sizes.__dict__, **changes})
+    sizes = dataclasses.replace(sizes, image_size=image_size or sizes.image_size, max_frames=frames or sizes.max_frames)
     flat, resized = fit(flat, model_shapes(sizes))
     summary = Summary(
         str(path), str(target), len(report.mapped), sum(x.size for x in flat.values()), resized, report.dropped,
@@ -96,7 +80,8 @@ def to_flax(
         say(line)
     if not dry_run:
         has_own = path.is_dir() and (path / "tokenizer.json").exists()
-        config = config_of(sizes, tokenizer or (str(path.absolute()) if has_own else "roberta-base"))
+        named = tokenizer or (str(path.absolute()) if has_own else DEFAULT_TOKENIZER)
+        config = config_of(path, sizes, named, image_size=image_size, frames=frames)
         with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
             write_parameters(folder, flat)
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from scl_jax import build
-from scl_jax.config import active_streams, config_of_run
+from scl_jax.config import config_of_run
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import is_run, read_parameters
+from scl_jax.convert.inputs import DEFAULT_TOKENIZER, classes_file, config_of, inputs_of, own_tokenizer
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.sources import locate
-from scl_jax.convert.to_flax import config_of, read_torch
+from scl_jax.convert.to_flax import read_torch
 from scl_jax.data.tokens import Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.models import parameters
 from scl_jax.models.heads import Classifier
@@ -35,7 +35,6 @@ from scl_jax.models.scl import SCL, SCLConfig
 
 PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
 FINE_TUNED_HEADS = ("vqa", "nlvr2", "entailment", "rank")
-_VIDEO_FRAMES = 4  # of METHOD section 4, for weights that come without a config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,32 +77,21 @@ def read_weights(
         if path.is_dir() and (path / "config.json").exists() and not _has_torch_weights(path):
             raise FileNotFoundError(f"{path}: a run without a checkpoint yet, or a folder of something else")
         flat, sizes, _ = read_torch(path, heads, vision_heads)
-        own = path if path.is_dir() else path.parent
-        has_own = (own / "tokenizer.json").exists() or (own / "vocab.json").exists()
-        named = str(own) if has_own else "roberta-base"
-        config = config_of(sizes, named)
-        config.data.text_length = min(config.data.text_length, sizes.max_positions - 2)
-        config.data.videos.update(image_size=sizes.image_size, frames=min(_VIDEO_FRAMES, sizes.max_frames))
-        _adopt(config, path)
+        named = str(own_tokenizer(path) or DEFAULT_TOKENIZER)
+        config = config_of(path, sizes, named)
     if dtype:
         config.model.dtype = dtype
     shapes = {name: tuple(value.shape) for name, value in flat.items()}
     make = with_heads(build.model_config(config), shapes)
     expected = {k: tuple(v.shape) for k, v in parameters.flatten(parameters.abstract(make)[1]).items()}
     fitted, _ = fit(flat, expected)
-    streams = {name: config.data[name] for name in ("images", "videos")}
-    if active_streams(config) == ["videos"]:
-        streams["images"] = streams["videos"]  # a model of clips sees images at the size of its clips
     return Weights(
         name=source,
         make=make,
         flat=fitted,
         heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
         tokenizer=load_tokenizer(tokenizer) if tokenizer else load_run_tokenizer(path, named),
-        text_length=config.data.text_length,
-        image_size=streams["images"].image_size,
-        video_size=streams["videos"].image_size,
-        video_frames=min(max(2, streams["videos"].frames), config.model.vision.max_frames),
+        **dataclasses.asdict(inputs_of(config)),
         answers=_answers(path),
     )
 
@@ -138,20 +126,8 @@ def _has_torch_weights(path: Path) -> bool:
     return any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
 
 
-def _adopt(config: ConfigDict, path: Path) -> None:
-    """Takes over what an exported folder notes about the run that it came from."""
-    file = path / "config.json"
-    if not path.is_dir() or not file.exists():
-        return
-    noted = json.loads(file.read_text()).get("inputs")
-    if isinstance(noted, dict):
-        config.data.text_length = int(noted["text_length"])
-        config.data.images.image_size = int(noted["image_size"])
-        config.data.videos.update(image_size=int(noted["video_size"]), frames=int(noted["video_frames"]))
-
-
 def _answers(path: Path) -> tuple[str, ...]:
-    file = path / "classes.json" if path.is_dir() else path.with_name("classes.json")
+    file = classes_file(path)
     if not file.exists():
         return ()
     try:

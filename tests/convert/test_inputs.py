@@ -1,0 +1,85 @@
+"""Sizes of inputs and tokenizers go from a run to a PyTorch folder, to a converted one, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import scenes
+
+import scl_jax
+from scl_jax.convert.rules import ConversionError
+from scl_jax.convert.to_flax import to_flax
+from scl_jax.convert.to_torch import to_torch
+from scl_jax.inference.weights import Weights, read_weights
+
+LONG = "a red star is left of a blue ring " * 6
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run, exported to PyTorch, converted from there, and exported once more."""
+    base = tmp_path_factory.mktemp("there_and_back")
+    found = {"run": tiny_run} | {name: base / name for name in ("exported", "converted", "again")}
+    to_torch(tiny_run, found["exported"], say=quiet)
+    to_flax(found["exported"], found["converted"], say=quiet)
+    to_torch(found["converted"], found["again"], say=quiet)
+    return found
+
+
+def inputs(weights: Weights) -> tuple[int, int, int, int]:
+    return weights.text_length, weights.image_size, weights.video_size, weights.video_frames
+
+
+def test_inputs_are_the_same_there_and_back(folders: dict[str, Path]) -> None:
+    assert {name: inputs(read_weights(str(path))) for name, path in folders.items()} == dict.fromkeys(
+        folders, (16, 64, 64, 2)
+    )
+    noted = [json.loads((folders[name] / "config.json").read_text()) for name in ("exported", "again")]
+    assert noted[0] == noted[1]
+
+
+def test_a_converted_model_gives_the_numbers_of_its_source(folders: dict[str, Path], tiny_model) -> None:
+    clip = scenes("videos", 1)[0]["media"]
+    converted = scl_jax.load(str(folders["converted"]), batch_sizes=(1,))
+    np.testing.assert_allclose(converted.encode_videos(clip), tiny_model.encode_videos(clip), atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is cut
+        np.testing.assert_allclose(converted.encode_texts(LONG), tiny_model.encode_texts(LONG), atol=1e-5)
+
+
+def test_sizes_that_are_asked_for_go_before_those_noted(folders: dict[str, Path], tmp_path: Path) -> None:
+    to_flax(folders["exported"], tmp_path / "larger", image_size=96, frames=3, say=quiet)
+    assert inputs(read_weights(str(tmp_path / "larger"))) == (16, 96, 96, 3)
+
+
+def test_without_a_note_the_tables_say_what_fits(folders: dict[str, Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folders["exported"], bare)
+    settings = json.loads((bare / "config.json").read_text())
+    del settings["inputs"]
+    (bare / "config.json").write_text(json.dumps(settings))
+    to_flax(bare, tmp_path / "converted", say=quiet)
+    for folder in (bare, tmp_path / "converted"):  # 34 positions
+        assert inputs(read_weights(str(folder))) == (32, 64, 64, 2)
+
+
+def test_a_text_never_is_longer_than_the_positions(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["exported"], tmp_path / "exported")
+    settings = json.loads((tmp_path / "exported" / "config.json").read_text())
+    settings["inputs"]["text_length"] = 50
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(settings))
+    assert read_weights(str(tmp_path / "exported")).text_length == 32
+    settings["inputs"] = {"text_length": 16}
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConversionError, match="image_size"):
+        to_flax(tmp_path / "exported", tmp_path / "converted", say=quiet)
+    assert not (tmp_path / "converted").exists()

@@ -7,10 +7,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from scl_jax.config import config_of_run
 from scl_jax.convert.checkpoints import beside, check_target, checksum, read_parameters
-from scl_jax.convert.rules import ConversionError, flax_to_torch
+from scl_jax.convert.inputs import inputs_of
+from scl_jax.convert.rules import flax_to_torch
 from scl_jax.convert.summary import Summary
 from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.convert.torch_files import write_safetensors
@@ -64,17 +65,17 @@ def to_torch(
     """
     if not dry_run:
         check_target(target, overwrite)
-    config = _run_config(run)
+    config = config_of_run(run)
     flat, step = read_parameters(run, step)
     tensors = flax_to_torch(flat)
     sizes = SCLConfig.infer({name: x.shape for name, x in tensors.items()})
-    model = config["model"]
+    model = config.model
     sizes = dataclasses.replace(
         sizes,
-        heads=model["text"]["heads"],
-        vision_heads=model["vision"]["heads"],
-        dropout=model["dropout"],
-        initial_temperature=model["initial_temperature"],
+        heads=model.text.heads,
+        vision_heads=model.vision.heads,
+        dropout=model.dropout,
+        initial_temperature=model.initial_temperature,
     )
     count = sum(x.size for x in flat.values())
     summary = Summary(f"{run} (step {step})", str(target), len(tensors), count, checksum=checksum(flat))
@@ -82,14 +83,13 @@ def to_torch(
         say(line)
     if dry_run:
         return summary
-    data = config["data"]
-    name = tokenizer or data["tokenizer"] or f"{data['dir']}/tokenizer"
+    name = tokenizer or config.data.tokenizer or f"{config.data.dir}/tokenizer"
     note = ""
     with beside(target, overwrite, sum(x.nbytes for x in tensors.values())) as folder:
         write_safetensors(
             folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum}
         )
-        settings = {"model_type": "scl", **sizes.to_dict(), "inputs": _inputs(data)}
+        settings = {"model_type": "scl", **sizes.to_dict(), "inputs": dataclasses.asdict(inputs_of(config))}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         try:
             (load_tokenizer(name) if tokenizer else load_run_tokenizer(run, name)).save(folder)
@@ -106,26 +106,3 @@ def to_torch(
         if (run / "classes.json").exists():  # the answers of a head
             shutil.copy(run / "classes.json", folder)
     return summary
-
-
-def _inputs(data: dict[str, Any]) -> dict[str, int]:
-    """What the model was trained on: lengths in tokens, sides in pixels."""
-    images, videos = data["images"], data["videos"]
-    if not any(images["datasets"]) and any(videos["datasets"]):
-        images = videos
-    return {
-        "text_length": data["text_length"],
-        "image_size": images["image_size"],
-        "video_size": videos["image_size"],
-        "video_frames": videos["frames"],
-    }
-
-
-def _run_config(run: Path) -> dict[str, Any]:
-    file = run / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: give the work directory of a run, or a converted folder")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error

@@ -83,3 +83,14 @@ def test_a_text_never_is_longer_than_the_positions(folders: dict[str, Path], tmp
     with pytest.raises(ConversionError, match="image_size"):
         to_flax(tmp_path / "exported", tmp_path / "converted", say=quiet)
     assert not (tmp_path / "converted").exists()
+
+
+def test_a_run_of_clips_alone_is_exported_with_the_size_of_its_clips(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["images"].update(datasets=["toy_world/images"], share=0.0, image_size=96)  # named, but off
+    config["data"]["videos"].update(datasets=["toy_world/videos"], share=1.0, image_size=80)
+    (run / "config.json").write_text(json.dumps(config))
+    to_torch(run, tmp_path / "exported", say=quiet)
+    assert [inputs(read_weights(str(tmp_path / name))) for name in ("run", "exported")] == [(16, 80, 80, 2)] * 2

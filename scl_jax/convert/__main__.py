@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, help="to PyTorch: the checkpoint's step (default: the newest)")
     p.add_argument("--heads", type=int, default=0, help="of text and fusion attention (default: width / 64)")
     p.add_argument("--vision_heads", type=int, default=0, help="of vision attention (default: width / 64)")
-    p.add_argument("--image_size", type=int, default=0, help="resize the position table for this side, in pixels")
-    p.add_argument("--frames", type=int, default=0, help="temporal rows to write")
+    p.add_argument("--image_size", type=int, default=0, help="resize positions, images and clips to this side (pixels)")
+    p.add_argument("--frames", type=int, default=0, help="temporal rows to write, and frames of a clip")
     return p
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import beside, check_target, checksum, write_parameters
 from scl_jax.convert.full_model import model_shapes, read_model
-from scl_jax.convert.inputs import DEFAULT_TOKENIZER, config_of
+from scl_jax.convert.inputs import DEFAULT_TOKENIZER, classes_file, config_of, own_tokenizer
 from scl_jax.convert.rules import Report
 from scl_jax.convert.sources import check_finite, read_weights
 from scl_jax.convert.summary import Summary
 from scl_jax.convert.torch_config import SCLConfig
+from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_tokenizer
 
 INITIALISED = {
     "vision.temporal_embedding": "zeros (weights for images have no temporal rows)",
@@ -56,16 +57,18 @@ def to_flax(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> Summary:
-    """Converts a torch file or folder and writes <target>/config.json and <target>/checkpoints/0.
+    """Converts a torch file or folder and writes <target>/config.json, <target>/checkpoints/0 and the tokenizer.
 
     Args:
         heads, vision_heads: of attention; 0: those in the folder's config.json, or width / 64.
         image_size, frames: resize the position table for images and clips of this side (pixels), and the temporal
             rows for clips of as many frames; 0: keep, and take the inputs that the folder notes.
-        tokenizer: written into the config; empty: the tokenizer in the source folder, or roberta-base.
+        tokenizer: a folder, which is copied, or a hub name, which is written into the config; empty: the tokenizer
+            beside the weights, or roberta-base.
 
     Raises:
-        ConversionError, TorchFileError, FileExistsError, OSError: with the key or file concerned; nothing is written.
+        ConversionError, TorchFileError, FileExistsError, OSError, ValueError: with the key or file concerned; nothing
+            is written.
     """
     if not dry_run:
         check_target(target, overwrite)
@@ -79,12 +82,21 @@ def to_flax(
     for line in summary.lines():
         say(line)
     if not dry_run:
-        has_own = path.is_dir() and (path / "tokenizer.json").exists()
-        named = tokenizer or (str(path.absolute()) if has_own else DEFAULT_TOKENIZER)
+        copied, named = _tokenizer(path, tokenizer)
         config = config_of(path, sizes, named, image_size=image_size, frames=frames)
         with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
             write_parameters(folder, flat)
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-            if path.is_dir() and (path / "classes.json").exists():  # the answers of a head
-                shutil.copy(path / "classes.json", folder)
+            if copied:
+                copied.save(folder / RUN_TOKENIZER)
+            if classes_file(path).exists():  # the answers of a head
+                shutil.copy(classes_file(path), folder / "classes.json")
     return summary
+
+
+def _tokenizer(path: Path, asked: str) -> tuple[Tokenizer | None, str]:
+    """The tokenizer to copy, where it lies in a folder, and its name for the config (empty: the copy)."""
+    folder = Path(asked).expanduser() if asked else own_tokenizer(path)
+    if folder and folder.is_dir():
+        return load_tokenizer(folder), ""
+    return None, asked or DEFAULT_TOKENIZER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
@@ -94,3 +95,32 @@ def test_a_run_of_clips_alone_is_exported_with_the_size_of_its_clips(tiny_run: P
     (run / "config.json").write_text(json.dumps(config))
     to_torch(run, tmp_path / "exported", say=quiet)
     assert [inputs(read_weights(str(tmp_path / name))) for name in ("run", "exported")] == [(16, 80, 80, 2)] * 2
+
+
+def test_a_converted_folder_has_its_own_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["converted"], tmp_path / "moved")
+    config = (tmp_path / "moved" / "config.json").read_text()
+    assert str(folders["exported"].parent) not in config
+    found, source = read_weights(str(tmp_path / "moved")), read_weights(str(folders["run"]))
+    assert found.tokenizer.folder == str(tmp_path / "moved" / "tokenizer")
+    np.testing.assert_array_equal(
+        found.tokenizer.encode(LONG, 16)["token_ids"], source.tokenizer.encode(LONG, 16)["token_ids"]
+    )
+    assert (folders["again"] / "tokenizer.json").exists() and found.answers == source.answers
+
+
+def test_a_tokenizer_folder_that_is_asked_for_is_copied_and_a_hub_name_is_kept(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folders["exported"] / "model.safetensors", bare)
+    convert = functools.partial(to_flax, bare / "model.safetensors", heads=2, vision_heads=2, say=quiet)
+    convert(tmp_path / "a", tokenizer=str(folders["exported"]))
+    assert (tmp_path / "a" / "tokenizer" / "tokenizer.json").exists()
+    convert(tmp_path / "b", tokenizer="me/words")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["data"]["tokenizer"] == "me/words"
+    (bare / "tokenizer.json").write_text("{}")  # beside the weights, and broken
+    with pytest.raises(ValueError, match="tokenizer"):
+        convert(tmp_path / "c")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "bare"]

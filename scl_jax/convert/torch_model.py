@@ -284,10 +284,10 @@ def global_vision_loss(
 ) -> Float[Tensor, ""]:
     """Global completion of fused [CLS]: InfoNCE over the batch for each frame, averaged.
 
-    With `norm_over_frames` as the reference computes it: the frame axis is normalised instead of the vectors, so that
-    similarities are no cosines.
+    With `norm_over_frames` as the reference computes it for clips: the frame axis is normalised instead of the vectors,
+    so that similarities are no cosines. Images, clips of one frame, are not touched by it.
     """
-    dim = 1 if norm_over_frames else 2
+    dim = 1 if norm_over_frames and predicted.shape[1] > 1 else 2
     predicted, target = _unit(predicted, dim).movedim(1, 0), _unit(target.detach(), dim).movedim(1, 0)
     with torch.autocast(predicted.device.type, enabled=False):
         return torch.stack([info_nce(x @ y.T, temperature) for x, y in zip(predicted, target, strict=True)]).mean()
@@ -306,6 +306,21 @@ def local_loss(
         if chosen.any():
             total = total + chosen.sum() * info_nce(cosines(x[chosen], y[chosen]), temperature)
     return total / count
+
+
+def local_vision_loss(
+    predicted: Float[Tensor, "B F*P D"],
+    target: Float[Tensor, "B F*P D"],
+    replaced: Bool[Tensor, "B P"],
+    temperature: float = COMPLETION_TEMPERATURE,
+    group: int = 16,
+) -> Float[Tensor, ""]:
+    """Local completion of the replaced patches, averaged over frames.
+
+    Every frame index is a set of its own: neighbouring frames show nearly the same patches and are no negatives.
+    """
+    frames = [x.unflatten(1, (-1, replaced.shape[1])).unbind(1) for x in (predicted, target)]
+    return torch.stack([local_loss(x, y, replaced, temperature, group) for x, y in zip(*frames, strict=True)]).mean()
 
 
 def pretraining_losses(
@@ -345,9 +360,8 @@ def pretraining_losses(
         if views.replaced is None:
             raise ValueError("local_vision needs views.replaced: give it, or leave local_vision out of the weights")
         replaced = model.fuse(text, model.encode_image(pixels, replaced=views.replaced))
-        everywhere = views.replaced.repeat(1, frames)
         predicted, target = replaced.vision[:, frames:], completing.vision[:, frames:]
-        losses["local_vision"] = local_loss(predicted, target, everywhere, temperature)
+        losses["local_vision"] = local_vision_loss(predicted, target, views.replaced, temperature)
     if "local_text" in weights:
         losses["local_text"] = local_loss(completing.text, dropped.text, views.completion_mask, temperature)
     losses["total"] = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()

@@ -35,7 +35,7 @@ class Ranked:
     index: int  # in the list of items
     score: float  # what the answers are ordered by; compare it within one query only
     similarity: float  # cosine in the contrastive space
-    match: float | None  # probability of the matching (or rank) head; None where it was not asked
+    match: float | None  # probability of the matching head; None where another head, or none, was asked
 
 
 def load(
@@ -136,8 +136,9 @@ class Model:
     ) -> list[Ranked]:
         """The k items that fit a query best: texts for an image or clip, or images or clips for a text.
 
-        Cosines choose `rerank` candidates; these are ordered by log P(pair) + cosine / temperature, with the rank head
-        of a model fine-tuned for retrieval, else the matching head. Without either, cosines decide.
+        Cosines choose `rerank` candidates; these are ordered as in evaluation. With the rank head of a model fine-tuned
+        for retrieval that is by its score alone, whose zero is arbitrary, so that it tells no probability. Else it is
+        by log P(pair) + cosine / temperature, with the matching head. Without either, cosines decide.
 
         Args:
             query: a string is a text when the items are images; where the items are strings too (paths, or texts?),
@@ -156,11 +157,14 @@ class Model:
         chosen = order[: max(rerank, k)]
         candidates = [items[i] for i in chosen]
         pair = (candidates, query) if is_text else (query, candidates)
-        odds, _ = self._pairs("rank" if head == "rank" else "match", *pair)
-        scores = found[chosen] / self.temperature - np.logaddexp(0.0, -odds)
-        chances = _sigmoid(odds)
+        matches: list[float | None] = [None] * len(chosen)
+        if head == "rank":
+            scores, _ = self._pairs("rank", *pair)
+        else:
+            odds, _ = self._pairs("match", *pair)
+            scores, matches = found[chosen] / self.temperature - np.logaddexp(0.0, -odds), _sigmoid(odds).tolist()
         best = np.argsort(-scores, kind="stable")[:k]
-        return [Ranked(int(chosen[i]), float(scores[i]), float(found[chosen[i]]), float(chances[i])) for i in best]
+        return [Ranked(int(chosen[i]), float(scores[i]), float(found[chosen[i]]), matches[i]) for i in best]
 
     def fill_mask(self, text: str, media: Media, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each `<mask>` of a text about an image or clip: the k likeliest tokens and their probabilities.

@@ -128,7 +128,17 @@ def test_match_is_the_probability_of_the_matching_head(tiny_model, network):
     assert tiny_model.match(PICTURES[1], TEXTS[1]) == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_rank_orders_by_match_and_similarity_and_agrees_both_ways(tiny_model):
+def test_a_rank_head_orders_by_its_score_alone_and_tells_no_probability(tiny_model, network):
+    tokens = tokens_of(tiny_model, TEXTS[1])
+    scores = [network(lambda net, *x: net.rank(joint(net, *x))[0, 0], *tokens, pixels_of(one)) for one in PICTURES]
+    found = tiny_model.rank(TEXTS[1], PICTURES)
+    assert [one.index for one in found] == np.argsort(-np.asarray(scores)).tolist()
+    assert [one.score for one in found] == pytest.approx(sorted(map(float, scores), reverse=True), abs=1e-5)
+    assert {one.match for one in found} == {None}
+
+
+def test_rank_orders_by_match_and_similarity_and_agrees_both_ways(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model, "heads", ("contrastive", "matching"))  # not fine-tuned for retrieval
     found = tiny_model.rank(TEXTS[1], PICTURES, 3)
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     cosines = tiny_model.similarity(PICTURES, TEXTS[1])[:, 0]

@@ -108,6 +108,12 @@ def _check_training(config: ConfigDict) -> Iterator[str]:
         yield from _unless(
             first == 0, f"no objective takes part before step {first}: objectives.<name>.start of one must be 0"
         )
+        group = min(group_size(config), e.batch_size)
+        yield from _unless(
+            e.batch_size % group == 0,
+            f"evaluate.batch_size {e.batch_size} does not divide into whole groups ({group_option(config.task)} "
+            f"{group}); the next that does is {-(-e.batch_size // group) * group}",
+        )
 
 
 def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[str]:

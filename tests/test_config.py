@@ -43,6 +43,11 @@ def test_the_default_config_with_data_passes():
     check(config_with(), VOCAB, devices=8)
 
 
+def test_a_batch_of_evaluation_may_be_less_than_a_group_and_fine_tuning_draws_no_groups_there():
+    check(config_with(**{"evaluate.batch_size": 8}), VOCAB, devices=8)
+    check(config_with(**{"evaluate.batch_size": 24, "task": "retrieval"}), VOCAB, devices=8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -67,6 +72,10 @@ def test_the_default_config_with_data_passes():
         ({"mesh.data": -2, "mesh.fsdp": -4}, "mesh data=-2, fsdp=-4, tensor=1 does not fit 8"),
         ({"mesh.fsdp": 0}, "mesh data=-1, fsdp=0, tensor=1 does not fit 8"),
         ({"evaluate.batch_size": 100}, r"evaluate.batch_size 100 does not divide by the 8 device\(s\)"),
+        (
+            {"evaluate.batch_size": 24},
+            r"evaluate.batch_size 24 does not divide .* groups \(objectives.group_size 16\); the next that does is 32",
+        ),
         ({"evaluate.batch_size": 0}, "evaluate.batch_size is 0; it must be at least 1"),
         ({"model.text.heads": 7}, "model.text: width 768 does not divide by heads 7"),
         ({"model.vision.layers": 0}, "model.vision.layers is 0; it must be at least 1"),

@@ -138,10 +138,12 @@ def draw_completion_tokens(
 def draw_whole_words(
     key: Key[Array, ""], word_ids: Int[Array, "B L"], ratio: float
 ) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
-    """Tokens of whole random words, as many as fit into a share `ratio` of a text's tokens (at least one word).
+    """Tokens of whole random words, up to a share `ratio` of a text's tokens (at least one word).
 
     Words come in random order and are taken while the sum of their tokens stays within the quota
-    `max(1, round(ratio · n))`, n counting neither special tokens nor padding; the first word is always taken. Words of
+    `max(1, round(ratio · n))`, n counting neither special tokens nor padding; the first word is always taken. The first
+    word that does not fit ends the selection: it is not skipped for a shorter one that would fit. So where words have
+    several tokens, the quota is often not used up, and the share taken is below `ratio` (pre-training's 15 %). Words of
     more tokens than there are slots come last: one is taken, and cut, only where a text has no other.
     """
     length = word_ids.shape[1]

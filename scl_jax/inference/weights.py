@@ -30,7 +30,7 @@ from scl_jax.convert.sources import locate
 from scl_jax.convert.to_flax import read_torch
 from scl_jax.data.tokens import Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.models import parameters
-from scl_jax.models.heads import Classifier
+from scl_jax.models.heads import Classifier, scoring
 from scl_jax.models.scl import SCL, SCLConfig
 
 PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
@@ -112,7 +112,7 @@ def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> Calla
                 classes = shapes[f"{name}.out.bias"][0]
                 setattr(model, name, Classifier(width, joint, classes, precision, rngs))
         if _has("rank", shapes) and not hasattr(model, "rank"):
-            setattr(model, "rank", precision.linear(joint, 1, precision.bert_init, rngs))  # noqa: B010
+            setattr(model, "rank", scoring(joint, 1, precision, rngs))  # noqa: B010
         return model
 
     return make

@@ -5,12 +5,14 @@ Axes: B batch, D width, J = 2D joint width, E width of the contrastive space, V 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from scl_jax.models.layers import Precision, gelu
+from scl_jax.models.layers import Linear, Precision, gelu
 
 UNIT_EPS = 1e-8
 
@@ -20,6 +22,12 @@ def unit(x: Float[Array, "... D"], axis: int = -1) -> Float[Array, "... D"]:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.sum(x * x, axis=axis, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(square, UNIT_EPS**2))
+
+
+def scoring(width: int, scores: int, precision: Precision, rngs: nnx.Rngs) -> Linear:
+    """The last linear map of a head whose scores are compared, in at least float32: in bfloat16 many would be equal."""
+    wide = dataclasses.replace(precision, dtype=jnp.promote_types(precision.dtype, jnp.float32))
+    return wide.linear(width, scores, precision.bert_init, rngs)
 
 
 class ProjectionHead(nnx.Module):
@@ -44,10 +52,10 @@ class ContrastiveHead(nnx.Module):
 
 
 class MatchingHead(nnx.Module):
-    """Joint vector → logits of (other, pair)."""
+    """Joint vector → logits of (other, pair), in at least float32."""
 
     def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
-        self.dense = precision.linear(2 * width, 2, precision.bert_init, rngs)
+        self.dense = scoring(2 * width, 2, precision, rngs)
 
     @jax.named_scope("matching_head")
     def __call__(self, joint: Float[Array, "B J"]) -> Float[Array, "B 2"]:
@@ -68,12 +76,12 @@ class MaskedLanguageHead(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """`Linear → LayerNorm → GELU → Linear`, the head of VQA, NLVR2 and SNLI-VE."""
+    """`Linear → LayerNorm → GELU → Linear`, the head of VQA, NLVR2 and SNLI-VE; logits in at least float32."""
 
     def __init__(self, width: int, hidden: int, classes: int, precision: Precision, rngs: nnx.Rngs):
         self.dense = precision.linear(width, hidden, precision.bert_init, rngs)
         self.norm = precision.norm(hidden, 1e-5, rngs)
-        self.out = precision.linear(hidden, classes, precision.bert_init, rngs)
+        self.out = scoring(hidden, classes, precision, rngs)
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
         return self.out(gelu(self.norm(self.dense(x))))

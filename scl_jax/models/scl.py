@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from scl_jax.models.fusion import IMAGE_TYPE, Fused, FusionConfig, FusionEncoder, Pairing, Wanted, global_tokens
-from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead
+from scl_jax.models.heads import Classifier, ContrastiveHead, MaskedLanguageHead, MatchingHead, scoring
 from scl_jax.models.layers import Precision
 from scl_jax.models.text import TextConfig, TextEncoder
 from scl_jax.models.vision import (
@@ -161,5 +161,5 @@ def _make_head(name: str, config: SCLConfig, rngs: nnx.Rngs) -> nnx.Module:
         case "entailment":
             return Classifier(joint, joint, 3, precision, rngs)
         case "rank":
-            return precision.linear(joint, 1, precision.bert_init, rngs)
+            return scoring(joint, 1, precision, rngs)
     raise ValueError(f"unknown head {name!r}")

@@ -35,6 +35,11 @@ def class_loss(logits: Float[Array, "B K"], labels: Int[Array, " B"], weight: Fl
 
 
 def class_correct(logits: Float[Array, "B K"], labels: Int[Array, " B"], weight: Float[Array, " B"]) -> LossSum:
-    """How many of those with a label are told right; the mean is the accuracy."""
+    """How many of those with a label are told right; the mean is the accuracy.
+
+    Of n classes with the same highest logit each counts 1/n, so that it does not matter at which place the true one is.
+    """
     weight = weight * (labels >= 0)
-    return LossSum(jnp.sum((logits.argmax(axis=-1) == labels) * weight), jnp.sum(weight))
+    top = logits == logits.max(axis=-1, keepdims=True)
+    hit = jnp.take_along_axis(top, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    return LossSum(jnp.sum(hit / jnp.maximum(top.sum(axis=-1), 1) * weight), jnp.sum(weight))

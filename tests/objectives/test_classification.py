@@ -36,6 +36,12 @@ def test_cross_entropy_and_accuracy_of_classes():
     assert float(class_correct(*arguments).mean()) == pytest.approx(right)
 
 
+def test_classes_with_the_same_highest_logit_share_the_point():
+    logits = jnp.asarray([[1.0, 1.0, 0.0, -jnp.inf], [2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 3.0, 3.0], [3.0, 1.0, 0.0, 0.0]])
+    correct = class_correct(logits, jnp.asarray([0, 0, 1, 0]), jnp.ones(4))
+    assert float(correct.total) == pytest.approx(0.5 + 0.25 + 0.0 + 1.0)
+
+
 def test_an_unknown_label_does_not_count():
     labels = jnp.asarray(LABELS).at[1].set(-1)
     known = jnp.asarray(WEIGHT).at[1].set(0)

@@ -36,6 +36,21 @@ def test_words_that_name_something_get_a_picture(tmp_path):
     assert all_words.width > 1.4 * few.width  # five pictures beside three
 
 
+def test_a_text_without_words_has_no_map_of_a_word(tmp_path):
+    offsets, tokens = np.array([(0, 0), (0, 6), (0, 0)], np.int32), np.ones((3, 2, 6, 6))
+    frames, word_ids = np.full((2, 96, 96, 3), 200, np.uint8), np.full(3, -1, np.int32)
+    found = AttentionMap("<mask>", frames, tokens, offsets, word_ids)
+    assert found.words == [] and found.per_word.shape == (0, 2, 6, 6)
+    assert attention_sheet(found, tmp_path / "map.png").exists()
+
+
+def test_the_space_that_a_cut_leaves_is_no_word():
+    cut = attention_of(1)
+    cut.offsets[7] = (17, 18)  # the space before "ring"
+    assert cut.words == ["a", "red", "star", ",", "and", "a"]
+    np.testing.assert_array_equal(cut.per_word, attention_of(1).per_word[:6])
+
+
 def test_a_clip_has_a_row_a_word(tmp_path):
     strip = Image.open(attention_sheet(attention_of(4), tmp_path / "strip.png"))
     one = Image.open(attention_sheet(attention_of(4), tmp_path / "one.png", words=["ring"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -21,22 +21,35 @@ class TextError(ValueError):
     """A text that cannot be used; the message says why and what to do."""
 
 
-def as_texts(texts: str | Sequence[str]) -> tuple[list[str], bool]:
+def as_texts(texts: str | Sequence[str], hint: str = "") -> tuple[list[str], bool]:
     """A list of texts, and whether it was a single one.
 
+    Args:
+        hint: is added where something else than a text was given: the order of arguments, perhaps.
+
     Raises:
-        TextError: no text, an empty one, or one far beyond what the model reads.
+        TextError: no text, an empty one, one that is no valid Unicode, or one far beyond what the model reads.
     """
+    if not isinstance(texts, str) and (isinstance(texts, bytes) or not isinstance(texts, Iterable)):
+        raise TextError(f"a text or a list of texts is expected, not a {type(texts).__name__}{hint}")
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found:
         raise TextError("an empty list of texts")
     for text in found:
         if not isinstance(text, str):
-            raise TextError(f"a text is expected, not a {type(text).__name__}")
+            raise TextError(f"a text is expected, not a {type(text).__name__}{hint}")
         if not text.strip():
             raise TextError("the text is empty: write a few words")
         if len(text) > MOST_CHARACTERS:
             raise TextError(f"a text of {len(text)} characters: at most {MOST_CHARACTERS} are taken")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"U+{ord(text[error.start]):04X}"
+            raise TextError(
+                f"the text is no valid Unicode: character {error.start + 1} is {code}, half of a pair, or a byte that "
+                "was not decoded; leave it out, or read the text with the right encoding"
+            ) from error
     return found, isinstance(texts, str)
 
 
@@ -71,15 +84,20 @@ class AttentionMap:
 
     @property
     def words(self) -> list[str]:
-        """The words in order; punctuation is a word."""
-        spans = [self.offsets[self.word_ids == word] for word in range(int(self.word_ids.max()) + 1)]
-        return [self.text[span[:, 0].min() : span[:, 1].max()].strip() for span in spans]
+        """The words in order, none where the text is `<mask>` alone; punctuation is a word."""
+        return [word for _, word in self._numbered_words()]
 
     @property
     def per_word(self) -> Float[np.ndarray, "W F rows columns"]:
-        """A map for each word, its sub-words summed."""
-        count = int(self.word_ids.max()) + 1
-        return np.stack([self.tokens[self.word_ids == word].sum(axis=0) for word in range(count)])
+        """A map for each of `words`, its sub-words summed: with several of them it may sum to more than one token's."""
+        maps = [self.tokens[self.word_ids == number].sum(axis=0) for number, _ in self._numbered_words()]
+        return np.stack(maps) if maps else self.tokens[:0]
+
+    def _numbered_words(self) -> list[tuple[int, str]]:
+        """The words with their numbers; of the last one a cut may leave the space before it, which is none."""
+        spans = [(int(number), self.offsets[self.word_ids == number]) for number in np.unique(self.word_ids)]
+        texts = [(number, self.text[span[:, 0].min() : span[:, 1].max()].strip()) for number, span in spans]
+        return [(number, word) for number, word in texts if number >= 0 and word]
 
     def phrase(self, start: int, end: int) -> Float[np.ndarray, "F rows columns"]:
         """The map of the characters `start` to `end` (past the last): all tokens that overlap them, summed.

@@ -65,6 +65,11 @@ def test_images_and_clips_are_not_mixed(tiny_model):
         tiny_model.match([png(), CLIP], "a red star")
 
 
+def test_a_text_that_is_no_valid_unicode_is_refused(tiny_model):
+    with pytest.raises(TextError, match=r"no valid Unicode: character 2 is U\+D800"):
+        tiny_model.encode_texts(["a red star", "a\ud800b"])
+
+
 @pytest.mark.parametrize(("text", "message"), [("", "empty"), (" \n", "empty"), ("a" * 10_001, "at most 10000")])
 def test_empty_and_enormous_texts_are_refused(tiny_model, text, message):
     with pytest.raises(TextError, match=message):

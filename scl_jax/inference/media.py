@@ -126,8 +126,11 @@ def describe(media: Media) -> str:
 
 def _existing(media: str | os.PathLike) -> Path:
     path = Path(media).expanduser()
+    if path.is_dir():
+        raise MediaError(f"{path}: a folder; name files in it, {path / '*'} in a shell")
     if not path.is_file():
-        raise MediaError(f"{path}: no such file")
+        is_text = " " in str(media) and not path.suffix  # "a red star" stands where a picture is expected
+        raise MediaError(f"{path}: no such file{' (media first, then text)' if is_text else ''}")
     if path.stat().st_size > LARGEST_FILE:
         raise MediaError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB; cut it to below {LARGEST_FILE / 2**30:.0f}")
     return path

@@ -25,6 +25,7 @@ from scl_jax.inference.weights import Weights, read_weights
 from scl_jax.models import parameters
 
 ENTAILMENT = ("contradiction", "neutral", "entailment")  # the classes of SNLI-VE, in the order of METER's labels
+MEDIA_FIRST, TEXT_FIRST = " (media first, then text)", " (text first, then media)"
 BATCH_SIZES = (1, 8, 64)  # each is compiled once, when it is first met
 
 
@@ -173,7 +174,7 @@ class Model:
             TextError: there is no `<mask>` among the tokens that the model reads.
         """
         self.network.need("masked_language", "fill_mask")
-        (tokens,) = self._tokenized(words.as_texts(text)[0])
+        (tokens,) = self._tokenized(words.as_texts(text, TEXT_FIRST)[0])
         positions = np.flatnonzero(tokens["token_ids"][0] == self.tokenizer.mask_id)
         if positions.size == 0:
             raise TextError(f"no <mask> among the first {self.text_length} tokens: write one, as in 'a <mask> dog'")
@@ -209,7 +210,7 @@ class Model:
     def compare(self, image_a: Media, image_b: Media, statement: str) -> float:
         """The probability that a statement is true of two images, the left one first."""
         self.network.need("nlvr2", "compare")
-        (tokens,) = self._tokenized(words.as_texts(statement)[0])
+        (tokens,) = self._tokenized(words.as_texts(statement, MEDIA_FIRST)[0])
         text, mask, first = self._encoded_pair(tokens, image_a)
         second = self._visual([image_b], self._frames([image_b]))
         frames = self._frames([image_a])
@@ -219,7 +220,7 @@ class Model:
 
     def attention_map(self, media: Media, text: str) -> AttentionMap:
         """Where a text, and each of its words, looks in an image or clip; `plots_attention` draws it."""
-        (tokens,) = self._tokenized(words.as_texts(text)[0])
+        (tokens,) = self._tokenized(words.as_texts(text, MEDIA_FIRST)[0])
         frames = self._frames([media])
         pixels = self._pixels([media], frames)
         (visual,) = self.network("media", pixels)[1:]
@@ -275,7 +276,7 @@ class Model:
     def _pairs(self, name: str, media: Media | Sequence[Media], texts: str | Sequence[str]) -> tuple[np.ndarray, bool]:
         """What the compiled function `name` gives for every pair, and whether it was a single one."""
         items, one_item = pictures.as_list(media)
-        lines, one_text = words.as_texts(texts)
+        lines, one_text = words.as_texts(texts, MEDIA_FIRST)
         if not one_item and not one_text and len(items) != len(lines):
             raise ValueError(f"{len(items)} images or clips and {len(lines)} texts cannot be paired")
         frames, count = self._frames(items), max(len(items), len(lines))

@@ -37,6 +37,26 @@ def test_what_is_no_picture_is_refused_by_its_name(tiny_model, picture, message)
         tiny_model.encode_images(picture)
 
 
+def test_a_folder_is_called_a_folder(tiny_model, tmp_path):
+    with pytest.raises(MediaError, match="a folder; name files in it"):
+        tiny_model.match(tmp_path, "a red star")
+
+
+@pytest.mark.parametrize("given", [5, None, b"a red star"])
+def test_what_is_no_text_is_refused(tiny_model, given):
+    with pytest.raises(TextError, match=f"a text or a list of texts is expected, not a {type(given).__name__}"):
+        tiny_model.encode_texts(given)
+
+
+def test_swapped_arguments_are_told_their_order(tiny_model):
+    picture = Image.new("RGB", (8, 8))
+    for call in (tiny_model.attention_map, tiny_model.match, tiny_model.similarity):
+        with pytest.raises(ValueError, match=r"\(media first, then text\)"):
+            call("a red star", picture)
+    with pytest.raises(TextError, match=r"not a Image \(text first, then media\)"):
+        tiny_model.fill_mask(picture, "a <mask> star")
+
+
 def test_an_enormous_picture_is_refused_before_it_is_decoded(tiny_model):
     bomb = Image.new("1", (20_000, 20_000))
     with pytest.raises(MediaError, match="more than 89478485 pixels"):

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scl_jax.convert.checkpoints import beside
+from scl_jax.inference.answers import print_json
 from scl_jax.inference.media import IMAGE_ENDINGS, VIDEO_ENDINGS, MediaError, clip_pixels, image_pixels
 from scl_jax.inference.model import Model, load
 
@@ -276,7 +277,7 @@ def run(options: argparse.Namespace) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """The command; errors of input end it with one message and status 1."""
     try:
-        print(json.dumps(run(parser().parse_args(arguments)), indent=2, ensure_ascii=False))
+        print_json(run(parser().parse_args(arguments)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

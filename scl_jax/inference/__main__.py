@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from scl_jax.inference.answers import free_name, print_json
 
 COMMANDS = {
     "encode": "unit vectors of images, clips and texts",
@@ -29,9 +31,11 @@ COMMANDS = {
     "answer": "answers to a question about an image (--text)",
     "entails": "does an image contradict or entail a statement (--text)?",
     "compare": "is a statement (--text) true of two images?",
-    "attention": "draws where a text and its words look in an image or clip",
+    "attention": """draws where a text and its words look in an image or clip. The "mass" of a word is the sum over
+             its sub-words of what each, the maximum over heads, gives to all patches: it can exceed 1""",
     "speed": "images and texts encoded a second on this machine, compilation left out",
 }
+_PICTURE = "attention.png"
 _SPEED_ITEMS = 512
 
 
@@ -47,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("media", nargs="*", help="image and video files")
     p.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     p.add_argument("-k", type=int, default=5, help="how many answers")
-    p.add_argument("--out", default="attention.png", help="attention: the picture to write (.png, .pdf)")
+    p.add_argument("--out", help=f"attention: the picture to write, .png or .pdf (default: {_PICTURE} or a free name)")
     p.add_argument("--tokenizer", default="", help="folder or hub name (default: the checkpoint's own)")
     p.add_argument("--step", type=int, help="of a work directory's checkpoint (default: the newest)")
     p.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), help="of activations")
@@ -129,11 +133,11 @@ def _speed(model: Any, items: int) -> dict[str, Any]:
     return found
 
 
-def _attention(model: Any, media: str, text: str, out: str) -> dict[str, Any]:
+def _attention(model: Any, media: str, text: str, out: str | None) -> dict[str, Any]:
     from scl_jax.plots_attention import attention_sheet
 
     found = model.attention_map(media, text)
-    path = attention_sheet(found, out)
+    path = attention_sheet(found, out or free_name(Path(_PICTURE)))
     peaks = {"words": found.words, "mass": found.per_word.sum(axis=(1, 2, 3)).tolist()}
     return {"picture": str(path), "patches": list(found.overall.shape), **peaks}
 
@@ -149,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     for note in notes:
         if issubclass(note.category, UserWarning):
             print(f"note: {note.message}", file=sys.stderr)
-    print(json.dumps(answer, indent=2, ensure_ascii=False))
+    print_json(answer)
 
 
 if __name__ == "__main__":

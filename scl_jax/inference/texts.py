@@ -89,7 +89,7 @@ class AttentionMap:
 
     @property
     def per_word(self) -> Float[np.ndarray, "W F rows columns"]:
-        """A map for each of `words`, its sub-words summed: with several of them it may sum to more than one token's."""
+        """A map for each of `words`: those of its sub-words summed, which together can exceed 1."""
         maps = [self.tokens[self.word_ids == number].sum(axis=0) for number, _ in self._numbered_words()]
         return np.stack(maps) if maps else self.tokens[:0]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,6 +152,23 @@ def test_the_command_answers_in_json(tiny_run, tiny_model, tmp_path, capsys, mon
     monkeypatch.setattr("scl_jax.inference.__main__._SPEED_ITEMS", 8)
     main([str(tiny_run), "speed"])
     assert json.loads(capsys.readouterr().out)["texts_per_second"] > 0
+
+
+def test_a_picture_without_a_name_takes_one_that_is_free(tiny_run, tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scl_jax.inference.load", lambda name, **options: tiny_model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "red.png").write_bytes(png())
+    for expected in ("attention.png", "attention_2.png", "attention_3.png"):
+        main([str(tiny_run), "attention", "red.png", "--text", "a red star"])
+        assert json.loads(capsys.readouterr().out)["picture"] == expected
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    program = "from scl_jax.inference.answers import print_json; print_json(['a line'] * 1000); print('not reached')"
+    command = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout and command.stderr
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait(60) == 0
 
 
 def test_the_command_ends_bad_input_with_one_line(tiny_run, tmp_path):

@@ -70,8 +70,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; errors of input end it with one message and status 1."""
+    options = parser().parse_args(arguments)
     try:
-        print(json.dumps(run(parser().parse_args(arguments)), indent=2))
+        from scl_jax.inference.answers import print_json
+
+        print_json(run(options))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

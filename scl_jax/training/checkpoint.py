@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,16 @@ orbax_changes.apply()
 # how damaged files show: missing (OSError), cut short or no JSON (ValueError), missing keys, errors of the runtime
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 MEETING = 300  # seconds that processes wait for the first one to do so
+# errors of the system that say nothing of the files, and what libraries put into their messages of such
+NOT_DAMAGE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
+    *(errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN),
+)
+NOT_DAMAGE_WORDS = (
+    *("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("Out of memory", "can't start new thread"),
+    *map(os.strerror, NOT_DAMAGE),
+)
 NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
 
 
@@ -141,11 +152,12 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state, laid out as `abstract` (ShapeDtypeStructs with shardings), and the progress of a step.
 
-        Where no step is named, the newest that can be read: others are set aside, and `notes` says so.
+        Where no step is named, the newest that can be read: damaged ones are set aside, and `notes` says so.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            CheckpointError: the step that is named, or all of them, cannot be read.
+            CheckpointError: the step that is named, or all of them, cannot be read; or one cannot be read for a reason
+                that is no damage, such as too little memory: nothing is set aside for it.
         """
         if step is not None:
             restored, reason = self._try(abstract, step)
@@ -169,17 +181,24 @@ class Checkpoints:
         raise FileNotFoundError(f"no checkpoint in {self._folder}")
 
     def _try(self, abstract: TrainState, step: int) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-        """(state and progress) of a step, or (None, why not); all processes agree."""
+        """(state and progress) of a step, or (None, what is damaged); all processes agree."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         restored: Any = None
-        reason = ""
+        reason, passing = "", False
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises plain ones, too; said, and an error where nothing else can be read
-            reason = first_line(error)
-        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(not reason)).all():
-            restored, reason = None, reason or "another process cannot read it"
-        return (None, reason) if restored is None else ((restored.state, restored.progress), "")
+            other = no_damage(error)
+            reason, passing = other or first_line(error), bool(other)
+        if jax.process_count() > 1:
+            failed, passing = multihost_utils.process_allgather(np.asarray([bool(reason), passing])).any(axis=0)
+            reason = reason or ("another process cannot read it" if failed else "")
+        if passing:
+            raise CheckpointError(
+                f"checkpoint {step} of {self._folder} cannot be read now ({reason}): that need not be damage, so it "
+                "stays where it is; once the cause is removed the same command continues"
+            )
+        return (None, reason) if reason else ((restored.state, restored.progress), "")
 
     def _set_aside(self, reasons: Mapping[int, str]) -> None:
         """Moves checkpoints that have a reason out of the way of the next ones of their steps, and notes it."""
@@ -199,7 +218,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            left = [step for step in self._steps_on_disk() if not damage(self._folder / str(step))]
+            left = [step for step in self._steps_on_disk() if _is_whole(self._folder / str(step))]
             whole = f"the newest whole checkpoint is step {left[-1]}" if left else "there is no earlier checkpoint"
             raise CheckpointError(
                 f"a checkpoint could not be written to {self._folder}: {no_space(error) or first_line(error)}; "
@@ -220,7 +239,10 @@ class Checkpoints:
 
 
 def damage(folder: Path) -> str:
-    """Why a checkpoint's small files are no whole checkpoint; empty: they are."""
+    """Why a checkpoint's small files are no whole checkpoint; empty: they are.
+
+    Raises OSError where they are there and cannot be read, which is no damage.
+    """
     for item in ("state", "progress"):
         if not (folder / item).is_dir():
             return f"{item} is missing"
@@ -229,18 +251,40 @@ def damage(folder: Path) -> str:
             json.loads(file.read_text())
         except FileNotFoundError:
             return f"{file.name} is missing"
-        except (OSError, ValueError):
+        except ValueError:
             return f"{file.relative_to(folder)} is no JSON"
+    return ""
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return not damage(folder)
+    except OSError:
+        return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def no_damage(error: BaseException) -> str:
+    """The first line of the cause of an error that says nothing of the files, as too little memory; else empty."""
+    for cause in _causes(error):
+        system = isinstance(cause, MemoryError | TimeoutError) or getattr(cause, "errno", None) in NOT_DAMAGE
+        if system or any(words in str(cause) for words in NOT_DAMAGE_WORDS):
+            return first_line(cause)
     return ""
 
 
 def no_space(error: BaseException | None) -> str:
     """ "the disk is full" and the like, where that is the cause of an error; else empty."""
-    while error is not None:
+    for cause in _causes(error):
         for number, words in NO_SPACE.items():
-            if getattr(error, "errno", None) == number or errno_text(number) in str(error):
+            if getattr(cause, "errno", None) == number or errno_text(number) in str(cause):
                 return words
-        error = error.__cause__ or error.__context__
     return ""
 
 

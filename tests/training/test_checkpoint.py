@@ -152,6 +152,49 @@ def test_a_named_checkpoint_is_not_replaced_by_another(three, tmp_path):
         Checkpoints(folder).restore(abstract_state(state_of(0)), 4)
 
 
+NOT_DAMAGE = [
+    MemoryError("Unable to allocate 200. MiB for an array"),
+    *(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES)),
+    ValueError("RESOURCE_EXHAUSTED: Failed to open: \"state/d/ab\": Too many open files [os_error_code='24']"),
+    ValueError('Error reading "params.x/0.0" in OCDBT database: Input/output error [OS error 5: EIO]'),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345678 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", NOT_DAMAGE, ids=repr)
+def test_what_is_no_damage_ends_the_run_and_sets_nothing_aside(three, tmp_path, monkeypatch, error):
+    folder = copied(three, tmp_path)
+    checkpoints = Checkpoints(folder, keep_latest=3, best_metric="accuracy")
+
+    def restore(*_, **__):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("could not restore") from cause
+
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    for step in (None, 4):
+        with pytest.raises(CheckpointError, match=f"checkpoint {step or 6} of .* cannot be read now ") as said:
+            checkpoints.restore(abstract_state(state_of(0)), step)
+        assert str(error).splitlines()[0] in str(said.value) and "\n" not in str(said.value)
+    assert not checkpoints.notes and not (tmp_path / "broken_checkpoints").exists()
+    monkeypatch.undo()
+    assert int(checkpoints.restore(abstract_state(state_of(0)))[0].step) == 6
+
+
+def test_small_files_that_cannot_be_read_now_are_no_damage(three, tmp_path, monkeypatch):
+    folder = copied(three, tmp_path)
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            Checkpoints(folder)
+    assert Checkpoints(folder).latest() == 6 and not (tmp_path / "broken_checkpoints").exists()
+
+
 def test_reading_only_touches_nothing(three, tmp_path):
     """Not even what a running save has written so far."""
     folder = copied(three, tmp_path)

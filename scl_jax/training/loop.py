@@ -67,7 +67,7 @@ class Window:
         self._waiting.append((stream, metrics))
 
     def state(self) -> dict[str, list[float]]:
-        """Sum and count of every metric, named "loss/<stream>/<objective>"."""
+        """Sum and count of every metric, named "loss/<stream>/<objective>"; a copy: savers read it later."""
         for stream, metrics in self._waiting:
             values = jax.device_get(metrics)
             skipped = float(values.pop(SKIPPED, 0.0))
@@ -79,7 +79,7 @@ class Window:
                 pair[0] += float(value)
                 pair[1] += 1.0
         self._waiting = []
-        return self._sums
+        return {name: list(pair) for name, pair in self._sums.items()}
 
     def means(self) -> dict[str, float]:
         """The means, and an empty window."""

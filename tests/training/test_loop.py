@@ -7,7 +7,7 @@ from dataclasses import MISSING
 import numpy as np
 import pytest
 
-from scl_jax.training.loop import Feed
+from scl_jax.training.loop import Feed, Window
 from scl_jax.training.sharding import make_mesh
 from scl_jax.types import Batch
 
@@ -44,3 +44,13 @@ def test_waiting_for_the_first_batch_counts():
     feed = Feed(SlowIterator(), make_mesh())
     feed.take()
     assert feed.waited >= SECONDS
+
+
+def test_what_a_checkpoint_got_of_a_window_stays_as_it_was():
+    """Savers write it in the background while the loop goes on."""
+    window = Window()
+    window.add("images", {"loss/total": np.float32(2)})
+    saved = window.state()
+    window.add("images", {"loss/total": np.float32(3)})
+    window.means()
+    assert saved == {"loss/images/total": [2.0, 1.0], "skipped_updates": [0.0, 1.0]}

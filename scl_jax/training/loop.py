@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -159,6 +160,27 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+class Profile:
+    """A trace of the steps of this process after step number `first`, up to number `last`; none where both are 0."""
+
+    def __init__(self, folder: Path, first: int, last: int):
+        self._folder, self._first, self._last = folder, first, last
+        self._tracing = False
+
+    def begin(self, number: int) -> None:
+        """Step `number` is done, the next one not yet dispatched; a run may be continued within the window."""
+        if self._first <= number < self._last and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def end(self, number: int, metrics: Any, last: bool) -> None:
+        """Writes the trace where step `number`, which gave these metrics, is the last of the window or of all."""
+        if self._tracing and (number >= self._last or last):
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
 class Speed:
     """Examples per second, share of time that the device waited for data at most, and MFU where its peak is known.
 
@@ -233,10 +255,10 @@ def train(
     speed = Speed(feed, step_function, mesh)
     number = int(state.step)
     compiled_together = CompiledTogether(compile_timeout)
+    profile = Profile(log.workdir / "profile", *schedule.profile)
     with StopRequest() as stop:
         while number < schedule.steps:
-            if number == schedule.profile[0] and schedule.profile[1] > 0:
-                jax.profiler.start_trace(str(log.workdir / "profile"))
+            profile.begin(number)
             stream, batch, before, after = feed.take()
             compiled_together(step_function, state, batch, task.active(number))
             state, metrics = step_function(state, batch, task.active(number))
@@ -247,9 +269,7 @@ def train(
             if number < schedule.steps:
                 feed.fetch(metrics)
             _settle(guard, state, leave=1)
-            if number == schedule.profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+            profile.end(number, metrics, last=number == schedule.steps)
             log.status(number)
             if number % schedule.log_every == 0 or number == schedule.steps:
                 log.write(number, {**window.means(), **speed.read()})
@@ -258,6 +278,7 @@ def train(
                 results = evaluate(state)
                 log.write(number, results)
             stopping = stop.stops_after(number)
+            profile.end(number, metrics, last=stopping)
             if schedule.saves(number) or stopping:
                 _settle(guard, state)
                 progress = {"data": after, "window": window.state(), "skipped_in_row": guard.in_row}

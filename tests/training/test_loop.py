@@ -1,14 +1,23 @@
-"""What the loop says about waiting for data: time counts only where the device had nothing left to do."""
+"""The loop with a step that only counts: waiting for data, traces, and what is left when it ends early."""
 
 import dataclasses
+import os
+import signal
 import time
 from dataclasses import MISSING
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scl_jax.training.loop import Feed, Window
+from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.logging import RunLog
+from scl_jax.training.loop import Feed, Schedule, Window, train
+from scl_jax.training.nonfinite import SKIPPED, Guard
 from scl_jax.training.sharding import make_mesh
+from scl_jax.training.state import TrainState
 from scl_jax.types import Batch
 
 SECONDS = 0.05
@@ -54,3 +63,70 @@ def test_what_a_checkpoint_got_of_a_window_stays_as_it_was():
     window.add("images", {"loss/total": np.float32(3)})
     window.means()
     assert saved == {"loss/images/total": [2.0, 1.0], "skipped_updates": [0.0, 1.0]}
+
+
+class Batches:
+    """Batches that are there at once; `before(number)` is called before the number-th."""
+
+    def __init__(self, before=lambda number: None):
+        self.before, self.number = before, 0
+
+    def get_state(self):
+        return {"number": self.number}
+
+    def __next__(self):
+        self.number += 1
+        self.before(self.number)
+        fields = {field.name: np.zeros((8, 1)) for field in dataclasses.fields(Batch) if field.default is MISSING}
+        return {"stream": "images", **fields}
+
+
+def count(state, batch, active):
+    """A step."""
+    return dataclasses.replace(state, step=state.step + 1), {"loss/total": 1.0 * state.step, SKIPPED: jnp.zeros([])}
+
+
+def run(workdir, begin=0, before=lambda number: None, **schedule):
+    """(last state, whether complete) of six steps, saved every other one."""
+    plan = Schedule(**{"steps": 6, "log_every": 2, "checkpoint_every": 2, "evaluate_every": 0} | schedule)
+    state = TrainState(jnp.asarray(begin, jnp.int32), {"x": jnp.ones(2)}, (), None)
+    checkpoints, task = Checkpoints(workdir / "checkpoints"), SimpleNamespace(active=lambda step: ())
+    with RunLog(workdir, 6, console=False, tensorboard=False) as log:
+        step, guard = jax.jit(count, static_argnums=2), Guard(workdir / "nonfinite", 10, 0)
+        arguments = (task, step, state, Batches(before), make_mesh(), plan, checkpoints, log)
+        return train(*arguments, lambda state: {}, Window(), guard, 60)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """What the profiler was told, with JAX's own errors."""
+    told: list[str] = []
+
+    def start(folder):
+        assert told[-1:] != ["start"]
+        told.append("start")
+
+    def stop():
+        assert told[-1:] == ["start"], "no trace was started"
+        told.append("stop")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", stop)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("begin", "window", "traced"),
+    [(0, (2, 4), True), (0, (4, 9), True), (3, (2, 4), True), (4, (2, 4), False), (0, (0, 0), False)],
+    ids=["within the run", "past its end", "continued within", "continued at its end", "off"],
+)
+def test_a_trace_is_of_the_steps_of_the_window_that_this_process_does(tmp_path, traces, begin, window, traced):
+    run(tmp_path, begin, profile=window)
+    assert traces == ["start", "stop"] * traced
+
+
+def test_a_trace_is_written_when_a_signal_ends_the_run(tmp_path, traces):
+    state, complete = run(
+        tmp_path, profile=(1, 5), before=lambda number: number == 3 and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert not complete and int(state.step) < 4 and traces == ["start", "stop"]

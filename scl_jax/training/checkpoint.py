@@ -14,7 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,20 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
+
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """A block whose errors wait for the save under way to become whole, and are then raised as they were.
+
+        Of several processes none waits: the others may never come to the end of theirs.
+        """
+        try:
+            yield
+        except Exception:
+            if jax.process_count() == 1:
+                with suppress(Exception):  # the first error says more
+                    self._manager.wait_until_finished()
+            raise
 
     def close(self) -> None:
         self._manager.close()

@@ -256,7 +256,7 @@ def train(
     number = int(state.step)
     compiled_together = CompiledTogether(compile_timeout)
     profile = Profile(log.workdir / "profile", *schedule.profile)
-    with StopRequest() as stop:
+    with StopRequest() as stop, checkpoints.completed():
         while number < schedule.steps:
             profile.begin(number)
             stream, batch, before, after = feed.take()

@@ -1,6 +1,8 @@
 """The loop with a step that only counts: waiting for data, traces, and what is left when it ends early."""
 
+import asyncio
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import JsonCheckpointHandler
 
 from scl_jax.training.checkpoint import Checkpoints
 from scl_jax.training.logging import RunLog
@@ -130,3 +133,41 @@ def test_a_trace_is_written_when_a_signal_ends_the_run(tmp_path, traces):
         tmp_path, profile=(1, 5), before=lambda number: number == 3 and os.kill(os.getpid(), signal.SIGTERM)
     )
     assert not complete and int(state.step) < 4 and traces == ["start", "stop"]
+
+
+@pytest.fixture
+def slow_saves(monkeypatch):
+    """What the last save does in the background takes half a second more."""
+    plain = JsonCheckpointHandler._save_fn
+
+    async def slow(*arguments):
+        await asyncio.sleep(0.5)
+        return await plain(*arguments)
+
+    monkeypatch.setattr(JsonCheckpointHandler, "_save_fn", slow)
+
+
+def test_an_error_after_a_save_is_raised_when_the_save_is_whole(tmp_path, slow_saves):
+    """Else the process would end in the middle of it, with the tracebacks of its threads."""
+
+    def broken(number):
+        if number == 4:
+            raise ValueError("record 36: cannot decode JPEG")
+
+    with pytest.raises(ValueError, match="record 36"):
+        run(tmp_path, before=broken)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_an_error_is_not_replaced_by_that_of_the_save_under_way(tmp_path, monkeypatch):
+    def broken(number):
+        if number == 4:
+            raise ValueError("record 36: cannot decode JPEG")
+
+    async def fails(*_):
+        await asyncio.sleep(0.5)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(JsonCheckpointHandler, "_save_fn", fails)
+    with pytest.raises(ValueError, match="record 36"):
+        run(tmp_path, before=broken)

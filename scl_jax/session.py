@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +17,8 @@ from ml_collections import ConfigDict
 
 from scl_jax import build, remat
 from scl_jax.bad_records import BadRecords
-from scl_jax.config import ConfigError, active_streams, differences, finalize
+from scl_jax.begun import check_config, config_before, is_begun
+from scl_jax.config import ConfigError, active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
 from scl_jax.data.pipeline import train_dataset
@@ -62,7 +62,7 @@ class Session:
         vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
         self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
-        problems += missing(self.config, mode, self._begun())
+        problems += missing(self.config, mode, is_begun(self.workdir))
         problems = list(dict.fromkeys(problems))
         check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
         assert tokenizer is not None  # else a problem
@@ -71,28 +71,12 @@ class Session:
         if later:
             examples = examples_of(config, self.bad_records.left_out("train"))
             self.config = finalize(config, vocab_size, answers, examples)
-        self._check_workdir()
+        check_config(self.config, self.workdir)
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
         self.is_main = jax.process_index() == 0
         self.initial_notes: list[str] = []
         self._log: RunLog | None = None
-
-    def _begun(self) -> bool:
-        return any(self.workdir.glob("checkpoints/[0-9]*"))
-
-    def _check_workdir(self) -> None:
-        """A work directory that holds a checkpoint can only be continued with the same config."""
-        file = self.workdir / "config.json"
-        if not file.exists() or not self._begun():
-            return
-        changed = differences(json.loads(file.read_text()), json.loads(json.dumps(self.config.to_dict())))
-        if changed:
-            raise ConfigError(
-                f"{self.workdir} holds a run with another config:\n  "
-                + "\n  ".join(changed)
-                + "\nContinue it with its own config, or choose another --workdir."
-            )
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
@@ -149,9 +133,9 @@ class Session:
 
     def _look_at_records(self) -> None:
         """Everything that the run will read is looked at before it begins, where bad records may be left out."""
-        file = self.workdir / "config.json"
-        if self.checkpoints.latest() is not None and file.exists():
-            self.bad_records.check_continued(json.loads(file.read_text())["data"].get("bad_records", "fail"))
+        before = config_before(self.workdir)
+        if before is not None:
+            self.bad_records.check_continued(before.data.bad_records)
         e = self.config.evaluate
         for split in ("train", e.final_split, *((e.split,) if e.every or len(e.matching_weights) > 1 else ())):
             self.bad_records.left_out(split)

@@ -152,6 +152,24 @@ def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path
     Session(toy_run.config(data_dir, **{"train.steps": 1, "log.every": 7}), tmp_path)  # does not matter
 
 
+def test_a_run_begun_before_an_option_existed_can_be_continued(data_dir, tmp_path):
+    changes = {"train.steps": 1, "mesh.data": -1}
+    before = json.loads(json.dumps(Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict()))
+    del before["optimizer"]["clip_norm"], before["reference_behaviour"]
+    write_json(tmp_path / "config.json", before)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    Session(toy_run.config(data_dir, **changes), tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.clip_norm: 0\.0 → 1\.0"):
+        Session(toy_run.config(data_dir, **changes, **{"optimizer.clip_norm": 1.0}), tmp_path)
+
+
+def test_a_save_that_was_killed_is_no_begun_run(data_dir, tmp_path):
+    changes = {"train.steps": 1, "mesh.data": -1}
+    write_json(tmp_path / "config.json", Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict())
+    (tmp_path / "checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
+    Session(toy_run.config(data_dir, **changes, **{"model.dropout": 0.2}), tmp_path)
+
+
 def losses_on(mesh: dict[str, int], stream: str, data_dir: Path, workdir: Path, monkeypatch) -> list[dict]:
     with monkeypatch.context() as patch:
         Devices(patch, math.prod(mesh.values()))

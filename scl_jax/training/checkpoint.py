@@ -99,7 +99,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        reasons = {step: damage(self._folder / str(step)) for step in self._steps_on_disk()}
+        reasons = {step: damage(self._folder / str(step)) for step in steps_in(self._folder)}
         if not all(reasons.values()):  # else `restore` says that none can be read
             self._set_aside(reasons)
         self._open()
@@ -111,9 +111,6 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoints in {self._folder} cannot be opened ({first_line(error)})"
             ) from error
-
-    def _steps_on_disk(self) -> list[int]:
-        return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
 
     def keep_before(self, step: int) -> None:
         """The newest checkpoint before this step is kept, until this is called for another."""
@@ -218,7 +215,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            left = [step for step in self._steps_on_disk() if _is_whole(self._folder / str(step))]
+            left = [step for step in steps_in(self._folder) if _is_whole(self._folder / str(step))]
             whole = f"the newest whole checkpoint is step {left[-1]}" if left else "there is no earlier checkpoint"
             raise CheckpointError(
                 f"a checkpoint could not be written to {self._folder}: {no_space(error) or first_line(error)}; "
@@ -250,6 +247,11 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in <workdir>/checkpoints; what is still being written has another name."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
 
 
 def damage(folder: Path) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scl_jax.config import ConfigError, config_of_run, differences
+from scl_jax.convert.sources import locate
+from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_tokenizer
 from scl_jax.training.checkpoint import steps_in
 
 
@@ -28,6 +30,8 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
         ConfigError: with all differences; options younger than the run count with their default.
     """
     before = config_before(workdir)
+    if before and has_tokenizer(workdir):
+        before.data.tokenizer = config.data.tokenizer  # may lie elsewhere: `other_tokenizer` looks into it
     changed = differences(_plain(before), _plain(config)) if before else []
     if changed:
         raise ConfigError(
@@ -35,6 +39,41 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
             + "\n  ".join(changed)
             + "\nContinue it with its own config, or choose another --workdir."
         )
+
+
+def has_tokenizer(workdir: Path) -> bool:
+    """Whether a run has its copy."""
+    return (workdir / RUN_TOKENIZER / "tokenizer.json").is_file()
+
+
+def other_tokenizer(tokenizer: Tokenizer, config: ConfigDict, workdir: Path) -> list[str]:
+    """A problem where the embeddings that training or evaluation starts from belong to another tokenizer.
+
+    They are those of the begun run, else those of `init.checkpoint`, unless `init.text` brings others.
+
+    Raises:
+        ValueError: that tokenizer cannot be read.
+    """
+    if is_begun(workdir):
+        source = workdir
+    elif config.init.checkpoint and not config.init.text:
+        try:
+            source = locate(config.init.checkpoint)
+        except FileNotFoundError:  # `preflight.missing` says so
+            return []
+    else:
+        return []
+    for own in (source / RUN_TOKENIZER, source):  # of a run; of a converted or exported folder
+        if (own / "tokenizer.json").is_file():
+            same = tokenizer.same_as(load_tokenizer(own))
+            return [] if same else [_OTHER.format(named=tokenizer.folder, source=source, own=own)]
+    return []
+
+
+_OTHER = (
+    "data.tokenizer: {named} is another tokenizer than that of {source}, so that words would get embeddings of others; "
+    "take its own, --config.data.tokenizer={own}"
+)
 
 
 def _plain(config: ConfigDict) -> dict:

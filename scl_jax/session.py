@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 
 from scl_jax import build, remat
 from scl_jax.bad_records import BadRecords
-from scl_jax.begun import check_config, config_before, is_begun
+from scl_jax.begun import check_config, config_before, has_tokenizer, is_begun, other_tokenizer
 from scl_jax.config import ConfigError, active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
 from scl_jax.data.pipeline import train_dataset
 from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.data.task_pipeline import class_names, task_dataset
-from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_tokenizer
+from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
 from scl_jax.preflight import missing, tried
@@ -55,7 +55,8 @@ class Session:
     def __init__(self, config: ConfigDict, workdir: Path | str, mode: str = "train"):
         self.workdir, problems = Path(workdir), []
         named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
-        tokenizer = tried(problems, lambda: load_tokenizer(named), None)
+        load = partial(load_run_tokenizer, self.workdir) if mode == "replay" else load_tokenizer
+        tokenizer = tried(problems, lambda: load(named), None)
         self.classes = tried(problems, lambda: classes_of(config), ())
         later = config.data.bad_records == "skip" and config.train.epochs > 0  # which records count takes a while
         examples = 0 if later else tried(problems, lambda: examples_of(config), 0)
@@ -63,6 +64,8 @@ class Session:
         answers = len(self.classes) if config.task == "vqa" else 0
         self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
         problems += missing(self.config, mode, is_begun(self.workdir))
+        if tokenizer:
+            problems += tried(problems, lambda: other_tokenizer(tokenizer, self.config, self.workdir), [])
         problems = list(dict.fromkeys(problems))
         check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
         assert tokenizer is not None  # else a problem
@@ -180,7 +183,7 @@ class Session:
         with self.open_log(begun or 0) as log:
             log.save_config(config)
             self._say_left_out(log)
-            if self.is_main:
+            if self.is_main and (begun is None or not has_tokenizer(self.workdir)):
                 self.tokenizer.save(self.workdir / RUN_TOKENIZER)
             if self.classes and self.is_main:
                 write_json(self.workdir / "classes.json", list(self.classes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 import time
 from functools import cache
@@ -161,6 +162,45 @@ def test_a_run_begun_before_an_option_existed_can_be_continued(data_dir, tmp_pat
     Session(toy_run.config(data_dir, **changes), tmp_path)
     with pytest.raises(ConfigError, match=r"optimizer\.clip_norm: 0\.0 → 1\.0"):
         Session(toy_run.config(data_dir, **changes, **{"optimizer.clip_norm": 1.0}), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(data_dir, tmp_path_factory) -> Path:
+    """Of the size of that of the data, with two words swapped."""
+    folder = shutil.copytree(data_dir / "tokenizer", tmp_path_factory.mktemp("other") / "tokenizer")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_begun_run_keeps_its_tokenizer(data_dir, other_tokenizer, tmp_path, mode):
+    changes = {"train.steps": 1, "mesh.data": -1}
+    begun = Session(toy_run.config(data_dir, **changes), tmp_path)
+    write_json(tmp_path / "config.json", begun.config.to_dict())
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    begun.tokenizer.save(tmp_path / "tokenizer")
+    Session(toy_run.config(data_dir, **changes), tmp_path, mode)
+    own = str(tmp_path / "tokenizer")
+    Session(toy_run.config(data_dir, **changes, **{"data.tokenizer": own}), tmp_path, mode)  # the same by content
+    changes["data.tokenizer"] = str(other_tokenizer)
+    with pytest.raises(ConfigError, match=f"is another tokenizer than .* --config.data.tokenizer={own}"):
+        Session(toy_run.config(data_dir, **changes), tmp_path, mode)
+
+
+def test_the_tokenizer_is_that_of_the_checkpoint_it_starts_from(data_dir, other_tokenizer, tmp_path):
+    start = tmp_path / "start"
+    (start / "checkpoints/1").mkdir(parents=True)
+    changes = {"mesh.data": -1, "init.checkpoint": str(start)}
+    Session(toy_run.config(data_dir, **changes), tmp_path / "run")  # it has none
+    shutil.copytree(other_tokenizer, start / "tokenizer")
+    with pytest.raises(ConfigError, match=f"data.tokenizer: .* --config.data.tokenizer={start}/tokenizer"):
+        Session(toy_run.config(data_dir, **changes), tmp_path / "run")
+    changes["data.tokenizer"] = str(start / "tokenizer")
+    Session(toy_run.config(data_dir, **changes), tmp_path / "run")
 
 
 def test_a_save_that_was_killed_is_no_begun_run(data_dir, tmp_path):

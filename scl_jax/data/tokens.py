@@ -49,6 +49,15 @@ class Tokenizer:
         """Number of token ids, special tokens included (the model pads its table as it needs)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both have the same words under the same numbers, and the same merges in the same order."""
+        return self._content() == other._content()
+
+    def _content(self) -> tuple[dict[str, int], list[list[str]]]:
+        merges = json.loads(self._backend.to_str())["model"]["merges"]  # pairs; older versions: "a b"
+        pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
+        return self._backend.get_vocab(with_added_tokens=True), pairs
+
     def encode(self, text: str, length: int) -> dict[str, Int[np.ndarray, " L"] | Bool[np.ndarray, " L"]]:
         """Encodes a text to exactly `length` tokens: `<s> … </s> <pad> …`; what is too long is cut before `</s>`.
 

@@ -1,5 +1,6 @@
 """Facts about tokens.py: static shapes, words of the byte-level vocabulary, folders, threads, training."""
 
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,6 +134,27 @@ def test_pickled_and_saved_tokenizers_encode_the_same(tokenizer, tmp_path):
         for key, value in other.encode(CAPTIONS[2], 30).items():
             np.testing.assert_array_equal(value, expected[key])
         assert other.vocab_size == tokenizer.vocab_size
+
+
+def test_tokenizers_are_the_same_by_what_they_hold(tokenizer, tmp_path):
+    """However often they were saved, and in which files; not by their size."""
+    tokenizer.save(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    copy.save(tmp_path / "again")
+    model = json.loads((tmp_path / "copy/tokenizer.json").read_text())["model"]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (parts / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    for same in (copy, load_tokenizer(tmp_path / "again"), load_tokenizer(parts)):
+        assert tokenizer.same_as(same) and same.same_as(tokenizer)
+    words = ["big", "blue", "circle", "star", "above", "left"]
+    other = train_tokenizer([f"{word} {word}" for word in words] * 8, tmp_path / "other", tokenizer.vocab_size)
+    assert not tokenizer.same_as(other)
+    model["vocab"]["Ġ"], model["vocab"]["a"] = model["vocab"]["a"], model["vocab"]["Ġ"]
+    (parts / "vocab.json").write_text(json.dumps(model["vocab"]))
+    swapped = load_tokenizer(parts)
+    assert swapped.vocab_size == tokenizer.vocab_size and not tokenizer.same_as(swapped)
 
 
 def test_threads_with_different_lengths_do_not_disturb_each_other(tokenizer):

@@ -91,7 +91,7 @@ def count(state, batch, active):
 
 def run(workdir, begin=0, before=lambda number: None, **schedule):
     """(last state, whether complete) of six steps, saved every other one."""
-    plan = Schedule(**{"steps": 6, "log_every": 2, "checkpoint_every": 2, "evaluate_every": 0} | schedule)
+    plan = dataclasses.replace(Schedule(6, log_every=2, checkpoint_every=2, evaluate_every=0), **schedule)
     state = TrainState(jnp.asarray(begin, jnp.int32), {"x": jnp.ones(2)}, (), None)
     checkpoints, task = Checkpoints(workdir / "checkpoints"), SimpleNamespace(active=lambda step: ())
     with RunLog(workdir, 6, console=False, tensorboard=False) as log:

@@ -58,11 +58,15 @@ class Session:
         load = partial(load_run_tokenizer, self.workdir) if mode == "replay" else load_tokenizer
         tokenizer = tried(problems, lambda: load(named), None)
         self.classes = tried(problems, lambda: classes_of(config), ())
-        later = config.data.bad_records == "skip" and config.train.epochs > 0  # which records count takes a while
-        examples = 0 if later else tried(problems, lambda: examples_of(config), 0)
+        counted = config.train.epochs > 0 and mode != "evaluate"
+        later = counted and config.data.bad_records == "skip"  # which records count takes a while
+        examples = tried(problems, lambda: examples_of(config), 0) if counted and not later else 0
         vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
         self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
+        before = tried(problems, lambda: config_before(self.workdir), None)
+        if before and self.config.train.epochs and mode == "evaluate":
+            self.config.train.steps = before.train.steps  # counted when the run began
         problems += missing(self.config, mode, is_begun(self.workdir))
         if tokenizer:
             problems += tried(problems, lambda: other_tokenizer(tokenizer, self.config, self.workdir), [])

@@ -203,6 +203,24 @@ def test_the_tokenizer_is_that_of_the_checkpoint_it_starts_from(data_dir, other_
     Session(toy_run.config(data_dir, **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("bad_records", ["fail", "skip"])
+def test_an_evaluation_needs_no_training_shards(data_dir, tmp_path, bad_records):
+    """Not even where the steps of the run were counted by them."""
+    changes = {"train.epochs": 2, "data.videos.share": 0.0, "mesh.data": -1, "data.bad_records": bad_records}
+    run = tmp_path / "run"
+    begun = Session(toy_run.config(data_dir, **changes), run)
+    (run / "checkpoints/1").mkdir(parents=True)
+    write_json(run / "config.json", begun.config.to_dict())
+    elsewhere = shutil.copytree(data_dir, tmp_path / "data")
+    for shard in elsewhere.glob("toy_world/*/*/*-train.*"):
+        shard.unlink()
+    evaluated = Session(toy_run.config(elsewhere, **changes), run, "evaluate")
+    assert evaluated.config.train.steps == 6  # two epochs of 48 images in batches of 16
+    Session(toy_run.config(elsewhere, **changes), tmp_path / "another", "evaluate")
+    with pytest.raises(ConfigError, match="train"):
+        Session(toy_run.config(elsewhere, **changes), run)
+
+
 def test_a_save_that_was_killed_is_no_begun_run(data_dir, tmp_path):
     changes = {"train.steps": 1, "mesh.data": -1}
     write_json(tmp_path / "config.json", Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict())

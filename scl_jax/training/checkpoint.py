@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -80,22 +81,20 @@ class Checkpoints:
         best_metric: str = "",
         read_only: bool = False,
     ):
+        def score(metrics: Mapping[str, float]) -> float:
+            return metrics.get(best_metric, -math.inf)  # an older checkpoint may have been scored by another
+
         self._before = KeepBefore()
         policies: list[Any] = [checkpoint_managers.LatestN(n=keep_latest), self._before]
         if keep_best and best_metric:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            best = {"get_metric_fn": score, "n": keep_best, "keep_checkpoints_without_metrics": False}
+            policies.append(checkpoint_managers.BestN(**best))
         self._best_metric, self._folder, self._read_only = best_metric, Path(folder).absolute(), read_only
         self.notes: list[str] = []  # about checkpoints that were set aside
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             # without it, metrics are not written, and a restarted run forgets which checkpoint is the best
-            best_fn=(lambda metrics: metrics[best_metric]) if best_metric else None,
+            best_fn=score if best_metric else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
@@ -121,10 +120,21 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step whose `best_metric` is highest, the earliest of several; None where none was evaluated."""
-        scored = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        values = {step: metrics[self._best_metric] for step, metrics in scored.items() if metrics}
+        """The step whose `best_metric` is highest, the earliest of several; None where none was evaluated.
+
+        Raises:
+            CheckpointError: what was evaluated has other metrics only.
+        """
+        found = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scored = {step: metrics for step, metrics in found.items() if metrics}
+        values = {step: metrics[self._best_metric] for step, metrics in scored.items() if self._best_metric in metrics}
+        if scored and not values:
+            raise CheckpointError(self._no_metric(scored[max(scored)]))
         return max(sorted(values), key=values.__getitem__, default=None)
+
+    def _no_metric(self, metrics: Mapping[str, float]) -> str:
+        names = ", ".join(sorted(metrics))
+        return f"train.best_metric is {self._best_metric!r}, which no evaluation here has; they have {names}"
 
     def newest_before(self, step: int) -> int | None:
         """The newest checkpoint before a step, None without any."""
@@ -136,15 +146,17 @@ class Checkpoints:
         """Starts saving; the state may be donated to the next step at once.
 
         Raises:
-            CheckpointError: this or the previous save failed; earlier checkpoints are as they were.
+            CheckpointError: this or the previous save failed; earlier checkpoints are as they were. Or `metrics` lack
+                `best_metric`; the checkpoint is whole then.
         """
-        scored = {name: float(value) for name, value in metrics.items()} if metrics else None
-        if scored is not None and self._best_metric not in scored:
-            scored = None
+        scored = {name: float(value) for name, value in metrics.items()} if metrics and self._best_metric else None
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self._writing():
             if not self._manager.save(step, args=args, metrics=scored):
                 raise CheckpointError(f"{self._folder} holds step {self.latest()}; step {step} is not after it")
+        if scored is not None and self._best_metric not in scored:
+            self.wait()
+            raise CheckpointError(self._no_metric(scored))
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state, laid out as `abstract` (ShapeDtypeStructs with shardings), and the progress of a step.

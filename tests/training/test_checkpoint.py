@@ -42,6 +42,29 @@ def test_without_an_evaluation_there_is_no_best_checkpoint(tmp_path):
     assert Checkpoints(tmp_path, best_metric="accuracy").best() is None
 
 
+def test_a_best_metric_that_no_evaluation_has_is_an_error_that_names_those_there_are(tmp_path):
+    checkpoints = Checkpoints(tmp_path, best_metric="acuracy")
+    with pytest.raises(CheckpointError, match="best_metric is 'acuracy', which .* they have accuracy"):
+        save(checkpoints, {1: None, 2: 0.5})
+    assert checkpoints.latest() == 2  # whole, with its metrics
+    checkpoints.close()
+    again = Checkpoints(tmp_path, best_metric="acuracy")
+    with pytest.raises(CheckpointError, match="they have accuracy"):
+        again.best()
+    again.close()
+    assert Checkpoints(tmp_path, best_metric="accuracy").best() == 2
+
+
+def test_a_checkpoint_scored_by_another_metric_is_not_the_best(tmp_path):
+    save(Checkpoints(tmp_path, keep_latest=1, best_metric="accuracy"), {1: 0.9, 2: 0.1})
+    options = {"keep_latest": 1, "keep_best": 1, "best_metric": "recall"}
+    checkpoints = Checkpoints(tmp_path, **options)
+    for step, recall in ((3, 0.3), (4, 0.2), (5, 0.1)):
+        checkpoints.save(step, state_of(step), {}, {"recall": recall})
+    checkpoints.wait()
+    assert checkpoints.best() == 3 and sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 5]
+
+
 COUNT_BLOCKS = """
 import gc, sys
 import numpy as np

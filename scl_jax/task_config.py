@@ -65,7 +65,7 @@ def check_task(config: ConfigDict) -> Iterator[str]:
     streams = [name for name in ("images", "videos") if any(config.data[name].datasets) and config.data[name].share > 0]
     if config.train.epochs < 0 or (config.train.epochs and len(streams) != 1):
         yield f"train.epochs is {config.train.epochs}; it is for one stream of data, else set train.steps"
-    if config.task == "vqa" and config.model.answers < 2:
+    if config.task == "vqa" and config.model.answers == 1:  # 0: not known, as data are missing
         yield f"model.answers is {config.model.answers}; set 0 to take the answers of the data set"
     if config.task == "retrieval":
         r = config.retrieval

@@ -221,6 +221,13 @@ def test_an_evaluation_needs_no_training_shards(data_dir, tmp_path, bad_records)
         Session(toy_run.config(elsewhere, **changes), run)
 
 
+def test_a_missing_data_set_of_questions_is_one_problem(data_dir, tmp_path):
+    changes = {"task": "vqa", "train.best_metric": "vqa/score", "data.videos.share": 0.0, "mesh.data": -1}
+    changes["data.images.datasets"] = ("toy_world/questions",)
+    with pytest.raises(ConfigError, match=r"the config has 1 problem\(s\):\n  toy_world/questions"):
+        Session(toy_run.config(data_dir, **changes), tmp_path)
+
+
 def test_a_save_that_was_killed_is_no_begun_run(data_dir, tmp_path):
     changes = {"train.steps": 1, "mesh.data": -1}
     write_json(tmp_path / "config.json", Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict())

@@ -99,8 +99,9 @@ class Checkpoints:
             read_only=read_only,
         )
         reasons = {step: damage(self._folder / str(step)) for step in steps_in(self._folder)}
-        if not all(reasons.values()):  # else `restore` says that none can be read
-            self._set_aside(reasons)
+        whole = [step for step, reason in reasons.items() if not reason]
+        if whole:  # else `restore` says that none can be read
+            self._set_aside(reasons, whole[-1])
         self._open()
 
     def _open(self) -> None:
@@ -209,15 +210,19 @@ class Checkpoints:
             )
         return (None, reason) if reason else ((restored.state, restored.progress), "")
 
-    def _set_aside(self, reasons: Mapping[int, str]) -> None:
-        """Moves checkpoints that have a reason out of the way of the next ones of their steps, and notes it."""
+    def _set_aside(self, reasons: Mapping[int, str], whole: int = -1) -> None:
+        """Moves checkpoints that have a reason out of the way of the next ones of their steps, and notes it.
+
+        whole: a checkpoint that is; most likely an older one was being removed when the run was killed.
+        """
         aside = self._folder.parent / "broken_checkpoints"
         for step, reason in reasons.items() if jax.process_index() == 0 and not self._read_only else ():
             if reason:
                 aside.mkdir(exist_ok=True)
                 number = len(list(aside.glob(f"{step}*")))
                 (self._folder / str(step)).rename(aside / (f"{step}.{number}" if number else str(step)))
-                self.notes.append(f"checkpoint {step} cannot be read ({reason}): set aside in {aside}")
+                said = "cannot be read" if step > whole else f"(older than {whole}) was being removed, or is damaged"
+                self.notes.append(f"checkpoint {step} {said} ({reason}): set aside in {aside}")
         meet("broken checkpoints are set aside", MEETING)
 
     @contextmanager

@@ -158,6 +158,15 @@ def test_what_cannot_be_read_is_set_aside_and_the_one_before_taken(three, tmp_pa
     assert int(Checkpoints(folder).restore(abstract_state(state_of(0)))[0].step) == 6
 
 
+def test_what_is_left_of_a_removal_that_was_cut_short_is_said_to_be_that(three, tmp_path):
+    folder = copied(three, tmp_path)
+    DAMAGES["state gone"](folder / "2")
+    checkpoints = Checkpoints(folder, keep_latest=3, best_metric="accuracy")
+    (note,) = checkpoints.notes
+    assert note.startswith("checkpoint 2 (older than 6) was being removed, or is damaged (state is missing): set aside")
+    assert checkpoints.latest() == 6
+
+
 @pytest.mark.parametrize("damage", ["data empty", "state gone"])
 def test_where_nothing_can_be_read_that_is_an_error_and_nothing_is_begun_anew(three, tmp_path, damage):
     folder = copied(three, tmp_path)

@@ -101,6 +101,11 @@ def _check_training(config: ConfigDict) -> Iterator[str]:
         not e.best or (e.every and config.train.best_metric),
         "evaluate.best is on; it needs evaluations while training (evaluate.every above 0) and train.best_metric",
     )
+    yield from _unless(
+        not e.best or config.train.keep_best >= 1,
+        f"evaluate.best is on, but train.keep_best is {config.train.keep_best}: the best checkpoint would be removed; "
+        "it must be at least 1",
+    )
     if config.task == "pretrain":
         on = [o for o in config.objectives.values() if isinstance(o, ConfigDict) and o.weight > 0]
         yield from _unless(on, "every objective has weight 0: nothing would be trained")

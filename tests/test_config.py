@@ -90,6 +90,7 @@ def test_a_batch_of_evaluation_may_be_less_than_a_group_and_fine_tuning_draws_no
         ({"log.every": 0}, "log.every is 0"),
         ({"train.checkpoint_every": 0}, "train.checkpoint_every is 0"),
         ({"evaluate.every": -1}, "evaluate.every is -1; 0 means only at the end"),
+        ({"evaluate.best": True, "train.keep_best": 0}, "evaluate.best is on, but train.keep_best is 0: .* at least 1"),
         ({"optimizer.decay": "step"}, "optimizer.decay is 'step'; choose linear, cosine or constant"),
         ({"optimizer.ema": 1.0}, "optimizer.ema is 1.0"),
         ({"optimizer.warmup": -1.0}, "optimizer.warmup is -1.0"),

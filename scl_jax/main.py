@@ -48,8 +48,9 @@ def main(argv: list[str]) -> None:
 
 # what helps where a device's memory is too small
 LESS_MEMORY = (
-    "model.remat=full computes most activations again; train.accumulate takes a step in so many parts, with the same "
-    "negatives and gradient; mesh.fsdp splits parameters over devices; evaluate.batch_size counts in evaluations"
+    "model.remat=full computes most activations again; train.accumulate (in a new --workdir) takes a step in so many "
+    "parts, with the same negatives and gradient; mesh.fsdp splits parameters over devices; evaluate.batch_size counts "
+    "in evaluations"
 )
 
 

@@ -4,7 +4,8 @@ Every row that cannot be used becomes a `Problem` with its file, line and reason
 What makes a whole file unusable (missing, unknown format, a table without the needed columns) is raised.
 
 Keys of a JSONL object or columns of a CSV or TSV table:
-  image, video or media   path below the media folder; the first two also say what the file must be
+  image, video or media   path below the media folder, or a whole path that leads there; the first two also say what
+                          the file must be
   caption or captions     a text; in JSON also a list of texts. Rows of the same file add up
   id                      optional; the path by default
   split                   optional: train, validation, test or another name; `val` and `dev` mean validation
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -313,10 +315,9 @@ def _split_name(value: Any) -> str:
 
 
 def _media_file(folder: Path, name: str) -> MediaFile:
-    # links are followed (data folders are full of them); a row itself cannot lead out of the folder
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UnusableError(f"{name!r} leads out of the media folder")
+    path = _inside(folder, PurePosixPath(name))
+    if path is None:
+        raise UnusableError(f"{name!r} leads out of the media folder {folder}")
     try:
         exists = (folder / path).is_file()
     except OSError as error:  # a name too long, a folder that may not be entered
@@ -324,3 +325,18 @@ def _media_file(folder: Path, name: str) -> MediaFile:
     if not exists:
         raise UnusableError(f"no file {name!r} in the media folder {folder}")
     return MediaFile(folder, str(path))
+
+
+def _inside(folder: Path, path: PurePosixPath) -> PurePosixPath | None:
+    """The path below the folder, from there or from the root; None: it leads out.
+
+    Links in the folder are followed (data folders are full of them); a row itself cannot lead out of it.
+    """
+    if ".." not in path.parts:
+        if not path.is_absolute():
+            return path
+        for outer in (folder.absolute(), folder.resolve()):
+            if path.is_relative_to(outer):
+                return path.relative_to(outer)
+    end, outer = PurePosixPath(os.path.realpath(folder / path)), os.path.realpath(folder)
+    return end.relative_to(outer) if end.is_relative_to(outer) else None

@@ -174,6 +174,17 @@ def test_true_sentences_of_nlvr_caption_six_images_and_scenes_stay_together(tmp_
     assert {r["id"].split("-")[2] for found in splits.values() for r in found} == {"0", "2"}
 
 
+def test_whole_paths_and_ways_round_count_where_they_end_in_the_media_folder(tmp_path, media):
+    (tmp_path / "link").symlink_to(media)
+    (media / "sub").mkdir()
+    names = (str(media / "00.png"), str(tmp_path / "link" / "01.png"), "sub/../02.png")
+    captions = write_jsonl(tmp_path / "c.jsonl", [{"image": name, "caption": "c"} for name in names])
+    for folder in (media, tmp_path / "link"):
+        prepare(NAME, tmp_path / f"of_{folder.name}", captions=[captions], media=str(folder), validation=0, test=0)
+        source = open_source(NAME, "train", tmp_path / f"of_{folder.name}")
+        assert [source[i]["id"] for i in range(3)] == ["00.png", "01.png", "02.png"]
+
+
 # ---- splits ----
 
 
@@ -254,6 +265,13 @@ def test_unusable_rows_stop_with_their_line_and_reason(tmp_path, media, row, rea
     [(line, found)] = problems(tmp_path, media, [b"", row])
     assert line == 2
     assert reason in found
+
+
+def test_a_whole_path_outside_the_media_folder_is_refused(tmp_path, media):
+    write_image(tmp_path / "media2" / "secret.png")
+    for name in (tmp_path / "media2" / "secret.png", media / ".." / "media2" / "secret.png"):
+        [(_, reason)] = problems(tmp_path, media, [{"image": str(name), "caption": "c"}])
+        assert reason == f"{str(name)!r} leads out of the media folder {media}"
 
 
 def test_files_that_do_not_decode_are_named(tmp_path, media):

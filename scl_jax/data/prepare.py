@@ -35,7 +35,7 @@ from rich.table import Table
 
 from scl_jax.data import builders
 from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
-from scl_jax.data.tokens import load_tokenizer, train_tokenizer
+from scl_jax.data.tokens import check_vocab_size, load_tokenizer, train_tokenizer
 
 _FLAGS = flags.FLAGS
 _ALL_CONFIGS = {"toy_world": ("images", "videos"), "own_data": ("default",)}  # of a data set named without config
@@ -76,7 +76,7 @@ def prepare_dataset(name: str, out: Path, *, overwrite: bool, options: dict[str,
     """
     builder_name, _, config_name = name.partition("/")
     place = out / builder_name / config_name
-    there = sorted(place.glob("*.*.*/dataset_info.json"))
+    there = _prepared(name, out)
     if there and not overwrite:
         if builder_name == "own_data":
             raise ValueError(f"{name} is already prepared in {there[-1].parent}; pass --overwrite to replace it")
@@ -110,8 +110,32 @@ def prepare_dataset(name: str, out: Path, *, overwrite: bool, options: dict[str,
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def _prepared(name: str, out: Path) -> list[Path]:
+    """What describes a data set that is there already; one file a version."""
+    return sorted((out / name).glob("*.*.*/dataset_info.json"))
+
+
 def _is_public(builder_name: str) -> bool:
     return hasattr(builders.builder_module(builder_name), "DATASET")
+
+
+def check_tokenizer(folder: Path, vocab_size: int, *, written: bool, overwrite: bool) -> None:
+    """Raises ValueError where a tokenizer cannot go to a folder, as far as that is known before it is trained.
+
+    written: whether a data set is about to be written; else a tokenizer that is there may turn out to be the same.
+    """
+    check_vocab_size(vocab_size)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--train_tokenizer={folder} is a file; name a folder")
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"--train_tokenizer: {folder} holds other files; choose another folder, or pass --overwrite")
+    if written:
+        raise ValueError(
+            f"--train_tokenizer: {folder} holds a tokenizer already; choose another folder, keep that tokenizer by "
+            "leaving --train_tokenizer out, or pass --overwrite"
+        )
 
 
 def write_tokenizer(captions: list[str], folder: Path, vocab_size: int, *, overwrite: bool) -> int:
@@ -135,9 +159,13 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"unknown arguments: {' '.join(argv[1:])}; flags begin with --")
-        captions = _prepare_all(_dataset_names(_FLAGS.dataset), Path(_FLAGS.out).expanduser(), console)
+        names, out = _dataset_names(_FLAGS.dataset), Path(_FLAGS.out).expanduser()
+        folder = Path(_FLAGS.train_tokenizer or "").expanduser()
         if _FLAGS.train_tokenizer:
-            folder = Path(_FLAGS.train_tokenizer).expanduser()
+            written = not all(_prepared(name, out) for name in names)
+            check_tokenizer(folder, _FLAGS.vocab_size, written=written, overwrite=_FLAGS.overwrite)
+        captions = _prepare_all(names, out, console)
+        if _FLAGS.train_tokenizer:
             size = write_tokenizer(captions, folder, _FLAGS.vocab_size, overwrite=_FLAGS.overwrite)
             console.print(f"tokenizer of {size:,} tokens: {folder}", soft_wrap=True)
     except (ValueError, OSError) as error:

@@ -147,6 +147,13 @@ def load_run_tokenizer(run: Path, named: str) -> Tokenizer:
     return load_tokenizer(own if own.is_dir() else named)
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError for a vocabulary that `train_tokenizer` cannot keep to."""
+    smallest = BYTE_ALPHABET + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size}: at least {smallest}, the bytes and the special tokens")
+
+
 def train_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int = 8192) -> Tokenizer:
     """Trains a byte-level BPE on captions, writes it as a RobertaTokenizerFast folder and returns it.
 
@@ -154,9 +161,7 @@ def train_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int
     """
     from transformers import RobertaTokenizerFast
 
-    smallest = BYTE_ALPHABET + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size}: at least {smallest}, the bytes and the special tokens")
+    check_vocab_size(vocab_size)
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(
         captions, vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False

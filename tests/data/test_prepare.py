@@ -12,7 +12,7 @@ from PIL import Image
 
 from scl_jax.data.builders import open_source
 from scl_jax.data.builders.problems import BrokenRecordsError
-from scl_jax.data.prepare import prepare_dataset, write_tokenizer
+from scl_jax.data.prepare import check_tokenizer, prepare_dataset, write_tokenizer
 from scl_jax.data.tokens import load_tokenizer
 
 NAME = "own_data/pets"
@@ -58,6 +58,30 @@ def test_command_writes_shards_and_a_tokenizer_of_the_training_captions(pets):
     assert "train" in done.stderr and "written to data/own_data/pets/1.0.0" in done.stderr
     assert load_tokenizer(pets / "tokenizer").vocab_size <= 300
     assert names(pets / "data") == ["own_data"]
+
+
+def test_the_tokenizers_folder_is_looked_at_before_anything_is_written(pets):
+    write_tokenizer(CAPTIONS, pets / "tokenizer", 300, overwrite=False)
+    flags = ("--dataset=own_data/pets", "--captions=pets.jsonl", "--media=.", "--out=data")
+    refused = run(pets, *flags, "--train_tokenizer=tokenizer", "--vocab_size=300")
+    assert refused.returncode == 1 and not (pets / "data").exists()
+    assert "tokenizer holds a tokenizer already; " in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_tokenizer_that_could_not_be_written_is_known_before(tmp_path):
+    place = tmp_path / "tokenizer"
+    check_tokenizer(place, 300, written=True, overwrite=False)
+    with pytest.raises(ValueError, match="vocab_size 100: at least"):
+        check_tokenizer(place, 100, written=True, overwrite=False)
+    write_tokenizer(CAPTIONS, place, 300, overwrite=False)
+    check_tokenizer(place, 300, written=False, overwrite=False)  # of data sets that are kept: it may be the same one
+    check_tokenizer(place, 300, written=True, overwrite=True)
+    (place / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"holds other files; choose another folder"):
+        check_tokenizer(place, 300, written=False, overwrite=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        check_tokenizer(tmp_path / "file", 300, written=False, overwrite=True)
 
 
 def test_command_stops_at_broken_records_and_shows_them(pets):

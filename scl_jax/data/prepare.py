@@ -2,6 +2,7 @@
 
     python -m scl_jax.data.prepare --dataset=toy_world --out=data --train_tokenizer=data/tokenizer
     python -m scl_jax.data.prepare --dataset=own_data/pets --captions=pets.jsonl --media=pets --out=data
+    python -m scl_jax.data.prepare --dataset=own_data/pets --media=pets --out=data    (a.txt beside a.jpg in pets)
     python -m scl_jax.data.prepare --dataset=own_data/clips --captions=train=a.csv --captions=test=b.csv --media=clips
     python -m scl_jax.data.prepare --dataset=own_data/nlvr --captions=nlvr/dev/dev.json --format=nlvr \
         --media=nlvr/dev/images
@@ -50,8 +51,13 @@ flags.DEFINE_bool("overwrite", False, "Replace data sets and tokenizers that are
 flags.DEFINE_string("train_tokenizer", None, "Train a byte-level BPE on the training captions and write this folder.")
 flags.DEFINE_integer("vocab_size", 8192, "Largest vocabulary of the trained tokenizer.")
 # options of builders; only those given are passed on
-flags.DEFINE_multi_string("captions", None, "own_data: caption file or pattern, or split=file; may be repeated.")
-flags.DEFINE_string("media", None, "own_data: folder that the paths in the caption files start from.")
+flags.DEFINE_multi_string(
+    "captions",
+    None,
+    "own_data: caption file or pattern, or split=file; may be repeated. Without it, name.txt beside name.jpg in the "
+    "folder --media holds the captions, one a line.",
+)
+flags.DEFINE_string("media", None, "own_data: folder of the images or clips; paths in caption files start there.")
 flags.DEFINE_string("source", None, "Public data sets: folder of the owner's files, or of ViLT's arrow files.")
 flags.DEFINE_list("splits", None, "Public data sets: only these splits.")
 flags.DEFINE_string("format", None, "own_data: auto, jsonl, csv, arrow or nlvr.")

@@ -26,6 +26,7 @@ MEDIA_KEYS = ("image", "video", "media")
 CAPTION_KEYS = ("caption", "captions")
 FORMATS = ("auto", "jsonl", "csv", "arrow", "nlvr")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_BESIDE = "where name.txt lies beside name.jpg, give the folder as --media, without --captions"
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "restval": "train"}
 
 
@@ -104,8 +105,12 @@ def read_rows(file: Path, file_format: str, media: Path | None, split: str, spli
 
     Raises FileNotFoundError, or ValueError for what spoils the whole file.
     """
+    if file.is_dir():
+        raise ValueError(f"caption file {file} is a folder; {_BESIDE}")
     if not file.is_file():
         raise FileNotFoundError(f"caption file {file} does not exist")
+    if file_format == "auto" and file.suffix.lower() == ".txt":
+        raise ValueError(f"caption file {file}: a .txt file does not say of which file it is; {_BESIDE}")
     if file_format == "auto":
         file_format = _SUFFIXES.get(file.suffix.lower(), "")
     if file_format not in FORMATS[1:]:

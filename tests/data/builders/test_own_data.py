@@ -343,6 +343,10 @@ def test_missing_places_and_wrong_options_name_what_to_give(tmp_path, media):
     ]:
         with pytest.raises(kind, match=message):
             prepare(NAME, tmp_path / "out", **options)
+    (media / "00.txt").write_text("c")
+    for given in (media, media / "*.txt"):
+        with pytest.raises((ValueError, FileNotFoundError), match="give the folder as --media, without --captions"):
+            prepared(tmp_path, media, str(given))
     (tmp_path / "captions.xml").write_text("<a/>")
     with pytest.raises(ValueError, match="unknown format"):
         prepared(tmp_path, media, str(tmp_path / "captions.xml"))

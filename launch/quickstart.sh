@@ -4,6 +4,10 @@
 # WORKDIR=… and DATA=… choose other folders; further arguments go to the training command (--config.train.steps=100).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  sed -n '2,/^set /s/^# //p' launch/quickstart.sh # the lines above
+  exit
+fi
 source launch/environment.sh
 
 DATA=${DATA:-data}

@@ -46,6 +46,14 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_quickstart_says_what_it_takes_and_installs_nothing(word):
+    done = run("quickstart.sh", "--config.train.steps=100", word)
+    assert done.returncode == 0 and not done.stderr
+    first, *others = done.stdout.splitlines()
+    assert first.endswith("bash launch/quickstart.sh") and others[-1].startswith("WORKDIR=… and DATA=…")
+
+
 def test_gpus_of_this_machine():
     (command,) = printed("local_gpu.sh", "--workdir=runs/a b", "--gpus=0,3", *TRAIN)
     assert command[:3] == ["env", "CUDA_VISIBLE_DEVICES=0,3", "JAX_PLATFORMS=cuda"]

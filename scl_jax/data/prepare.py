@@ -60,6 +60,11 @@ flags.DEFINE_multi_string(
 flags.DEFINE_string("media", None, "own_data: folder of the images or clips; paths in caption files start there.")
 flags.DEFINE_string("source", None, "Public data sets: folder of the owner's files, or of ViLT's arrow files.")
 flags.DEFINE_list("splits", None, "Public data sets: only these splits.")
+flags.DEFINE_integer(
+    "answers_at_least",
+    None,
+    "vqav2: questions of which an answer of the vocabulary is the most common one; by default 9.",
+)
 flags.DEFINE_string("format", None, "own_data: auto, jsonl, csv, arrow or nlvr.")
 flags.DEFINE_string("split_by", None, "own_data: column whose equal values stay in one split.")
 flags.DEFINE_bool("skip_broken", None, "Leave broken records out instead of stopping (own_data and public data sets).")
@@ -70,7 +75,7 @@ flags.DEFINE_integer("train", None, "toy_world: number of training scenes.")
 flags.DEFINE_integer("seed", None, "toy_world: seed of all scenes.")
 _OPTIONS = (
     "captions", "media", "source", "splits", "format", "split_by", "skip_broken", "workers",
-    "validation", "test", "train", "seed",
+    "validation", "test", "train", "seed", "answers_at_least",
 )  # fmt: skip
 
 

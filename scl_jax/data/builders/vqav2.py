@@ -6,8 +6,8 @@
 
 `train` is the owner's train and all of val but 1,000 images, which are `validation`, as in ViLT and METER; which 1,000
 is decided by a hash of the image (ViLT drew them at random when its files were written). The answers are those that are
-the most common one of at least 9 questions of train and val: 3,129. Training questions without any of them are left
-out and counted; evaluation keeps them. A record is an image with all its questions.
+the most common one of at least 9 questions of train and val (`answers_at_least`): 3,129. Training questions without any
+of them are left out and counted; evaluation keeps them. A record is an image with all its questions.
 
 Arrow files: vqav2_{train,trainable_val,rest_val,test,test-dev}.arrow. Their answers keep the numbers that they have
 there, and the ten raw answers of a question are not in them.
@@ -17,18 +17,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scl_jax.data.builders.caption_files import ArrowCell, Place, Problem, UnusableError
-from scl_jax.data.builders.raw import Counts, Entries, Note, RawDataset, RawItem, RawSplits, RawText, raw_builder
+from scl_jax.data.builders.raw import (
+    Counts,
+    Entries,
+    Note,
+    RawDataset,
+    RawItem,
+    RawPreparation,
+    RawSplits,
+    RawText,
+    raw_builder,
+)
 from scl_jax.data.builders.raw_files import Located, arrow_rows, numbered, read_json, required, value
 from scl_jax.data.vqa_answers import ANSWERS_PER_QUESTION, answer_vocabulary, soft_targets
 
 VALIDATION_IMAGES = 1000
 AT_LEAST = 9  # questions of which an answer of the vocabulary is the most common one
-_OUTSIDE = "questions none of whose answers is in the vocabulary"
+_OUTSIDE = "questions: none of their answers is the most common one of at least {} questions (--answers_at_least)"
 _ARROW_FILES = {
     "train": ("vqav2_train.arrow", "vqav2_trainable_val.arrow"),
     "validation": ("vqav2_rest_val.arrow",),
@@ -37,19 +48,20 @@ _ARROW_FILES = {
 }
 
 
-def read_tree(source: Path) -> RawSplits:
-    """Questions joined with their answers and by image."""
+def read_tree(source: Path, at_least: int = AT_LEAST) -> RawSplits:
+    """Questions joined with their answers and by image; the vocabulary as `make_builder` says."""
     answers = {part: _read_answers(source, part) for part in ("train2014", "val2014")}
     classes = tuple(
-        answer_vocabulary([common for part in answers.values() for common, _ in part.values()], at_least=AT_LEAST)
+        answer_vocabulary([common for part in answers.values() for common, _ in part.values()], at_least=at_least)
     )
+    outside = Note(_OUTSIDE.format(at_least))
     label_of = {answer: label for label, answer in enumerate(classes)}
     train, val = (_Part(source, part, answers[part], label_of) for part in answers)
 
     def training() -> Entries:
         held_back = val.held_back()
-        yield from train.entries(drop_outside=True)
-        yield from val.entries(lambda image: image not in held_back, drop_outside=True)
+        yield from train.entries(outside=outside)
+        yield from val.entries(lambda image: image not in held_back, outside=outside)
 
     def validation() -> Entries:
         held_back = val.held_back()
@@ -96,8 +108,8 @@ class _Part:
         ordered = sorted(images, key=lambda image: hashlib.sha256(str(image).encode()).digest())
         return frozenset(ordered[:VALIDATION_IMAGES])
 
-    def entries(self, wanted: Callable[[int], bool] = lambda image: True, drop_outside: bool = False) -> Entries:
-        """The images that are wanted, with their questions."""
+    def entries(self, wanted: Callable[[int], bool] = lambda image: True, outside: Note | None = None) -> Entries:
+        """The images that are wanted, with their questions; `outside` instead of one without a known answer."""
         places: dict[int, Place] = {}
         texts: dict[int, list[RawText]] = {}
         for place, entry in self._questions():
@@ -109,8 +121,8 @@ class _Part:
             except UnusableError as error:
                 yield Problem(place, str(error))
                 continue
-            if drop_outside and not text.scores:
-                yield Note(_OUTSIDE)
+            if outside and not text.scores:
+                yield outside
                 continue
             places.setdefault(image, place)
             texts.setdefault(image, []).append(text)
@@ -186,4 +198,24 @@ DATASET = RawDataset(
     },
     texts="question",
 )
-make_builder = raw_builder(DATASET)
+
+
+def make_builder(
+    config_name: str,
+    data_dir: str,
+    *,
+    source: str = "",
+    splits: Sequence[str] = (),
+    skip_broken: bool = False,
+    workers: int = 4,
+    answers_at_least: int = AT_LEAST,
+) -> RawPreparation:
+    """As of every public data set.
+
+    answers_at_least: questions of which an answer of the vocabulary is the most common one; the answers of arrow files
+    are numbered already.
+    """
+    if answers_at_least < 1:
+        raise ValueError(f"vqav2: answers_at_least={answers_at_least}; at least 1 is needed")
+    make = raw_builder(replace(DATASET, read_tree=partial(read_tree, at_least=answers_at_least)))
+    return make(config_name, data_dir, source=source, splits=splits, skip_broken=skip_broken, workers=workers)

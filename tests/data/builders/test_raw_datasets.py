@@ -47,7 +47,7 @@ def tree(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_vocabulary(monkeypatch):
-    monkeypatch.setattr(vqav2, "AT_LEAST", 2)
+    monkeypatch.setitem(vqav2.make_builder.__kwdefaults__, "answers_at_least", 2)
     monkeypatch.setattr(vqav2, "VALIDATION_IMAGES", 1)
 
 
@@ -122,7 +122,7 @@ def test_questions_get_soft_scores_of_the_vocabulary_of_train_and_val(trees, tmp
     scores = [[1, 0, 0], [0.9, 1, 0], [0, 0, 1], [0.9, 0, 0], [0, 1, 0]]
     np.testing.assert_allclose(train["answer_scores"][:5], scores, rtol=1e-6)
     assert json.loads((folder / "metadata.json").read_text())["notes"]["train"] == {
-        "questions none of whose answers is in the vocabulary": 1
+        "questions: none of their answers is the most common one of at least 2 questions (--answers_at_least)": 1
     }
     stream = default_config().data.images
     options = {"data_dir": str(tmp_path), "text_length": LENGTH, "tokenizer": Letters(), "batch_size": 4}
@@ -285,11 +285,17 @@ def test_empty_questions_and_questions_without_annotation_are_named(tree, tmp_pa
     assert "8, question 30: empty question" in found
 
 
-def test_answers_outside_the_vocabulary_are_counted(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(vqav2, "AT_LEAST", 9)  # no answer of a miniature is that common
-    message = r"holds nothing of split train but what is left out \(\d questions none of whose answers is in the voc"
-    with pytest.raises(ValueError, match=message):
-        prepare("vqav2/questions", tmp_path / "out", source=str(tree("vqav2/questions")), splits=["train"])
+def test_answers_outside_the_vocabulary_are_counted(tree, tmp_path):
+    source, name = str(tree("vqav2/questions")), "vqav2/questions"
+    options = {"source": source, "splits": ["train"], "answers_at_least": 9}  # no answer of a miniature is that common
+    with pytest.raises(
+        ValueError, match=r"split train but what is left out \(\d questions: none of their .* at least 9"
+    ):
+        prepare(name, tmp_path / "out", **options)
+    prepare(name, tmp_path / "out", **{**options, "answers_at_least": 3})
+    assert class_names((name,), str(tmp_path / "out")) == ("cat",)
+    with pytest.raises(ValueError, match="answers_at_least=0"):
+        prepare(name, tmp_path / "again", **{**options, "answers_at_least": 0})
 
 
 def test_a_label_that_is_none_is_named(tree, tmp_path):

@@ -16,7 +16,8 @@ def finetuning(task: str, metric: str, *, epochs: int, learning_rate: float, hea
     config.optimizer.update(learning_rate=learning_rate, multiplier_head=head, multiplier_fusion=fusion)
     config.train.update(epochs=epochs, best_metric=metric, checkpoint_every=500)
     config.evaluate.update(every=500, best=True, max_items=0)
-    config.data.images.share = config.data.videos.share = 0.0  # a config switches one on
+    for stream in (config.data.images, config.data.videos):
+        stream.update(share=0.0, evaluation_datasets=("",))  # a config switches one on; not what pre-training looks at
     return config
 
 

@@ -45,6 +45,7 @@ def test_the_papers_settings(name):
     assert o.warmup == (0.05 if stream == "videos" else 0.1) and o.decay == "linear"
     assert s.frames == (4 if stream == "videos" else 1) and s.flip == "never"
     assert tuple(s.rand_augment) == (2, 9) and tuple(s.crop_scale) == (0.9, 1.0)
+    assert not any(s.evaluation_datasets)  # evaluated is what it was fine-tuned on
     assert config.retrieval.others == 15 and not any(config.reference_behaviour.to_dict().values())
 
 

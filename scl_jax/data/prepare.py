@@ -248,7 +248,7 @@ def _summarise(name: str, out: Path, folder: Path, console: Console) -> list[str
     console.print(table)
     for split, notes in (info.metadata or {}).get("notes", {}).items():
         for note, count in notes.items():
-            console.print(f"{split}: {count:,} {note}", soft_wrap=True)
+            console.print(f"{split}: {count:,} {escape(note)}", soft_wrap=True)
     return train_captions
 
 

@@ -87,6 +87,8 @@ def test_a_tokenizer_that_could_not_be_written_is_known_before(tmp_path):
 def test_command_stops_at_broken_records_and_shows_them(pets):
     add_broken_row(pets)
     flags = ("--dataset=own_data/pets", "--captions=pets.jsonl", "--media=.", "--out=data")
+    with (pets / "pets.jsonl").open("a") as file:
+        file.write('{"image": "0.png", "caption": "a cat", "[/url]": "x"}\n')
     stopped = run(pets, *flags)
     assert stopped.returncode == 1
     assert "left out: pets.jsonl, line 13: no file 'gone.png'" in stopped.stderr
@@ -95,6 +97,7 @@ def test_command_stops_at_broken_records_and_shows_them(pets):
     skipped = run(pets, *flags, "--skip_broken")
     assert skipped.returncode == 0, skipped.stderr
     assert "left out in all: 1" in skipped.stderr
+    assert "caption files: 1 row(s) with '[/url]', which is not used" in skipped.stderr
 
 
 @pytest.mark.parametrize(

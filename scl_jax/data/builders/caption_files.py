@@ -24,6 +24,7 @@ from typing import Any
 
 MEDIA_KEYS = ("image", "video", "media")
 CAPTION_KEYS = ("caption", "captions")
+_KNOWN_KEYS = (*MEDIA_KEYS, *CAPTION_KEYS, "id", "split")
 FORMATS = ("auto", "jsonl", "csv", "arrow", "nlvr")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 _BESIDE = "where name.txt lies beside name.jpg, give the folder as --media, without --captions"
@@ -86,7 +87,10 @@ class ArrowCell:
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row. `kind`: image, video or media (either); `group`: rows of one group go to the same split."""
+    """One usable row. `kind`: image, video or media (either); `group`: rows of one group go to the same split.
+
+    unused: its keys or columns that mean nothing here.
+    """
 
     place: Place
     media: MediaFile | ArrowCell
@@ -95,6 +99,7 @@ class Row:
     id: str
     split: str
     group: str
+    unused: tuple[str, ...] = ()
 
 
 def read_rows(file: Path, file_format: str, media: Path | None, split: str, split_by: str) -> Iterator[Row | Problem]:
@@ -275,6 +280,7 @@ def _checked(
             id=file.name if _absent(values.get("id")) else checked_text(str(values["id"]), "id"),
             split=split or _split_name(values.get("split")),
             group=checked_text(str(values[split_by]), split_by) if split_by else "",
+            unused=tuple(key for key in values if key not in (*_KNOWN_KEYS, split_by)),
         )
     except UnusableError as error:
         return Problem(place, str(error))

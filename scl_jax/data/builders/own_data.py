@@ -42,6 +42,7 @@ from scl_jax.data.builders.problems import (
 )
 from scl_jax.data.builders.targets import with_keys
 
+_SHOWN_KEYS = 10  # of those that are not used
 DEFAULT_SHARE = 0.05  # of validation and of test, where nothing says the splits
 
 
@@ -88,7 +89,7 @@ class OwnData(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = cast(OwnDataConfig, self.builder_config)
-        items, problems = collect(config)
+        items, problems, notes = collect(config)
         with progress_bar() as progress:
             items, broken = check_media(progress.track(items, description="checking files"), config.workers)
         problems = sorted([*problems, *broken], key=lambda problem: (problem.place.file, problem.place.line))
@@ -98,6 +99,8 @@ class OwnData(tfds.core.GeneratorBasedBuilder):
             raise BrokenRecordsError(problems, len(items))
         if not items:
             raise ValueError("own_data: the captions name no file, nothing to prepare")
+        metadata: Any = self.info.metadata
+        metadata["notes"] = {"caption files": notes}
         splits = assign_splits(items, config.validation, config.test)
         return {split: self._generate_examples(split, members) for split, members in splits.items()}
 
@@ -155,8 +158,11 @@ def make_builder(
 # ---- rows to items ----
 
 
-def collect(config: OwnDataConfig) -> tuple[list[Item], list[Problem]]:
-    """Reads all caption files and joins the rows of each media file; the media are not opened yet."""
+def collect(config: OwnDataConfig) -> tuple[list[Item], list[Problem], dict[str, int]]:
+    """Reads all caption files and joins the rows of each media file; the media are not opened yet.
+
+    Returns the items, what cannot be used, and how often something was passed over, by its description.
+    """
     media = Path(config.media).expanduser() if config.media else None
     if config.captions:
         files = [entry for value in config.captions for entry in _caption_files(value)]
@@ -165,27 +171,31 @@ def collect(config: OwnDataConfig) -> tuple[list[Item], list[Problem]]:
         )
     else:
         rows = read_folder(Path(config.media).expanduser())
-    items, problems = join_rows(rows)
+    items, problems, notes = join_rows(rows)
     _check_split_source(items, config)
-    return items, problems
+    return items, problems, notes
 
 
-def join_rows(rows: Iterable[Row | Problem]) -> tuple[list[Item], list[Problem]]:
-    """One item per media file, with the captions of all its rows in order, repeated ones once."""
+def join_rows(rows: Iterable[Row | Problem]) -> tuple[list[Item], list[Problem], dict[str, int]]:
+    """One item per media file, with the captions of all its rows in order, repeated ones once; see `collect`."""
     items: dict[MediaFile | ArrowCell, Item] = {}
     owners: dict[str, Item] = {}
     problems: list[Problem] = []
+    unused: Counter[str] = Counter()
+    given = 0
     for row in rows:
         if isinstance(row, Problem):
             problems.append(row)
             continue
+        unused.update(row.unused)
         known = items.get(row.media)
         if known is None:
             if row.id in owners:
                 other = owners[row.id]
                 problems.append(Problem(row.place, f"id {row.id!r} is taken by {other.media.name} ({other.place})"))
                 continue
-            item = Item(row.place, row.media, row.kind, row.captions, row.id, row.split, row.group)
+            captions = tuple(dict.fromkeys(row.captions))
+            item = Item(row.place, row.media, row.kind, captions, row.id, row.split, row.group)
             owners[row.id] = item
         else:
             if clash := _clash(known, row):
@@ -193,7 +203,13 @@ def join_rows(rows: Iterable[Row | Problem]) -> tuple[list[Item], list[Problem]]
                 continue
             item = dataclasses.replace(known, captions=tuple(dict.fromkeys(known.captions + row.captions)))
         items[row.media] = item
-    return list(items.values()), problems
+        given += len(row.captions)
+    repeated = given - sum(len(item.captions) for item in items.values())
+    notes = {"captions that a file has already, kept once": repeated} if repeated else {}
+    notes |= {f"row(s) with {key[:60]!r}, which is not used": count for key, count in unused.most_common(_SHOWN_KEYS)}
+    if len(unused) > _SHOWN_KEYS:
+        notes["more keys or columns that are not used"] = len(unused) - _SHOWN_KEYS
+    return list(items.values()), problems, notes
 
 
 def _clash(known: Item, row: Row) -> str:

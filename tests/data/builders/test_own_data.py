@@ -91,6 +91,20 @@ def test_rows_of_one_file_become_one_record_with_its_original_bytes(tmp_path, me
     ]
 
 
+def test_what_is_passed_over_is_counted(tmp_path, media):
+    rows = [
+        {"image": "00.png", "captions": ["a", "b", "a"], "url": "x", "[/]": 1},
+        {"image": "00.png", "caption": "a", "url": "x", "scene": 1},
+        {"image": "01.png", "caption": "a", "id": 7, "split": ""} | {f"k{i}": 0 for i in range(20)},
+    ]
+    [first, _] = prepared(tmp_path, media, write_jsonl(tmp_path / "captions.jsonl", rows))
+    assert first["captions"] == ["a", "b"]
+    notes = json.loads((tmp_path / "out" / NAME / "1.0.0" / "metadata.json").read_text())["notes"]["caption files"]
+    assert notes["captions that a file has already, kept once"] == 2
+    assert notes["row(s) with 'url', which is not used"] == 2 and notes["row(s) with '[/]', which is not used"] == 1
+    assert notes["more keys or columns that are not used"] == 13 and len(notes) == 12
+
+
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
 def test_tables_with_byte_order_mark_quotes_and_line_breaks(tmp_path, media, suffix, separator):
     text = 'media|caption|id\n00.png|"left, then\n""up"""|\n01.png|später|b\n'.replace("|", separator)

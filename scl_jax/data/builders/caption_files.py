@@ -1,4 +1,4 @@
-"""Caption files to rows: JSONL, CSV, ViLT's pyarrow files, NLVR's JSON, or a folder with `name.txt` beside `name.jpg`.
+"""Caption files to rows: JSONL, a JSON array, CSV, ViLT's pyarrow files, NLVR's JSON, or `name.txt` beside `name.jpg`.
 
 Every row that cannot be used becomes a `Problem` with its file, line and reason, so that one pass reports all of them.
 What makes a whole file unusable (missing, unknown format, a table without the needed columns) is raised.
@@ -13,17 +13,21 @@ Keys of a JSONL object or columns of a CSV or TSV table:
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 MEDIA_KEYS = ("image", "video", "media")
 CAPTION_KEYS = ("caption", "captions")
+_HEAD = 1024  # bytes that say what a file is
+_FEW = 8  # names that are said of many
+_LONG = 60  # characters of a name
 _KNOWN_KEYS = (*MEDIA_KEYS, *CAPTION_KEYS, "id", "split")
 FORMATS = ("auto", "jsonl", "csv", "arrow", "nlvr")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -125,6 +129,7 @@ def read_rows(file: Path, file_format: str, media: Path | None, split: str, spli
     if file_format == "arrow":
         yield from _read_arrow(file, split, split_by)
         return
+    _refuse_utf16(file)
     if media is None:
         raise ValueError(f"caption file {file} names files: give the folder that they lie in (--media)")
     read = {"jsonl": read_jsonl, "csv": _read_csv, "nlvr": _read_nlvr}[file_format]
@@ -159,13 +164,24 @@ def read_folder(media: Path) -> Iterator[Row | Problem]:
             yield Problem(Place(str(path), 0), "no media file beside it")
 
 
+def _refuse_utf16(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"caption file {file} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
+
+
 # ---- formats: (place, values or the reason why there are none) ----
 
 _Values = Iterator[tuple[Place, Mapping[str, Any] | str]]
 
 
 def read_jsonl(file: Path) -> _Values:
-    """The objects of a file of one JSON object a line, or why a line holds none."""
+    """The objects of a file of one JSON object a line, or of one array of them, or why a line or entry is none."""
+    entries = _read_array(file)
+    for number, entry in enumerate(entries or (), start=1):
+        yield Place(str(file), number), _object(entry)
+    if entries is not None:
+        return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = Place(str(file), number)
@@ -178,7 +194,25 @@ def read_jsonl(file: Path) -> _Values:
             except (ValueError, RecursionError) as error:
                 yield place, f"malformed JSON: {error}"
             else:
-                yield place, values if isinstance(values, dict) else f"a JSON {type(values).__name__}, not an object"
+                yield place, _object(values)
+
+
+def _object(values: Any) -> Mapping[str, Any] | str:
+    if isinstance(values, dict):
+        return values
+    return f"a JSON {'array' if isinstance(values, list) else type(values).__name__}, not an object"
+
+
+def _read_array(file: Path) -> list[Any] | None:
+    """The entries of a file that is one JSON array with objects in it; None for another."""
+    with file.open("rb") as opened:
+        if not opened.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return None
+    try:
+        values = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # a line that begins so will be said
+        return None
+    return values if any(isinstance(entry, dict) for entry in values) else None
 
 
 def _read_csv(file: Path) -> _Values:
@@ -215,7 +249,7 @@ def _read_nlvr(file: Path) -> _Values:
         if isinstance(values, str):
             yield place, values
         elif missing := [key for key in ("sentence", "label", "identifier", "directory") if key not in values]:
-            yield place, f"no {', '.join(missing)} among: {', '.join(values)}; is this NLVR's JSON?"
+            yield place, f"no {', '.join(missing)} among: {a_few(values)}; is this NLVR's JSON?"
         elif values["label"] == "true":
             for k in range(6):
                 path = f"{values['directory']}/{part}-{values['identifier']}-{k}.png"
@@ -246,11 +280,24 @@ def arrow_table(file: Path) -> Any:
     return table
 
 
-def _require_columns(file: Path, columns: Any) -> None:
+def _require_columns(file: Path, columns: Collection[str]) -> None:
     for wanted in (MEDIA_KEYS, CAPTION_KEYS):
         if not set(wanted) & set(columns):
-            found = ", ".join(map(repr, columns)) or "none"
-            raise ValueError(f"caption file {file}: no column {' or '.join(map(repr, wanted))}; columns found: {found}")
+            found = a_few(map(repr, columns)) or "none"
+            raise ValueError(
+                f"caption file {file}: no column {' or '.join(map(repr, wanted))}; columns found: {found}"
+                + _other_separator(file, columns)
+            )
+
+
+def _other_separator(file: Path, columns: Collection[str]) -> str:
+    """A hint for a first line that another separator would divide."""
+    is_tsv = file.suffix.lower() == ".tsv"
+    hints = {";": "';'? save it with ','", "\t": "tabs? name it .tsv"} if not is_tsv else {",": "','? name it .csv"}
+    for separator, hint in hints.items():
+        if any(separator in column for column in columns):
+            return f"; are they separated by {hint}"
+    return ""
 
 
 # ---- values to a row ----
@@ -271,7 +318,7 @@ def _checked(
         if not captions:
             raise UnusableError("no caption")
         if split_by and _absent(values.get(split_by)):
-            raise UnusableError(f"no {split_by!r} (--split_by) among: {', '.join(map(str, values))}")
+            raise UnusableError(f"no {split_by!r} (--split_by) among: {a_few(values)}")
         return Row(
             place=place,
             media=file,
@@ -290,7 +337,7 @@ def _only_key(values: Mapping[str, Any], wanted: tuple[str, ...]) -> str:
     found = [key for key in wanted if not _absent(values.get(key))]
     if not found:
         empty = [key for key in wanted if key in values]
-        among = ", ".join(map(str, values)) or "nothing"
+        among = a_few(values) or "nothing"
         raise UnusableError(f"empty {empty[0]}" if empty else f"no {' or '.join(map(repr, wanted))} among: {among}")
     if len(found) > 1:
         raise UnusableError(f"both {' and '.join(map(repr, found))}; keep one")
@@ -299,6 +346,13 @@ def _only_key(values: Mapping[str, Any], wanted: tuple[str, ...]) -> str:
 
 def _absent(value: Any) -> bool:
     return value is None or value == ""  # an empty field of a CSV table
+
+
+def a_few(names: Iterable[Any]) -> str:
+    """The first of some names, cut where they are long, and how many there are."""
+    texts = [str(name) for name in names]
+    shown = [text if len(text) <= _LONG else f"{text[:_LONG]}…" for text in texts[:_FEW]]
+    return ", ".join(shown) + (f", … ({len(texts)} in all)" if len(texts) > _FEW else "")
 
 
 def checked_text(value: Any, name: str) -> str:

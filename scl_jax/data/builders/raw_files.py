@@ -15,7 +15,15 @@ from typing import Any
 import av
 from PIL import Image
 
-from scl_jax.data.builders.caption_files import ArrowCell, Place, Problem, UnusableError, arrow_table, read_jsonl
+from scl_jax.data.builders.caption_files import (
+    ArrowCell,
+    Place,
+    Problem,
+    UnusableError,
+    a_few,
+    arrow_table,
+    read_jsonl,
+)
 from scl_jax.data.builders.raw import Entries, Note, RawItem, RawSplits, RawText
 
 _FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -152,7 +160,7 @@ def value(entry: Any, key: str, kind: type | tuple[type, ...] = (str, int)) -> A
     if not isinstance(entry, dict):
         raise UnusableError(f"a {type(entry).__name__}, not an object with {key!r}")
     if key not in entry:
-        raise UnusableError(f"no {key!r} among: {', '.join(map(str, entry))}")
+        raise UnusableError(f"no {key!r} among: {a_few(entry)}")
     if not isinstance(entry[key], kind):
         raise UnusableError(f"{key} is a {type(entry[key]).__name__}: {str(entry[key])[:60]!r}")
     return entry[key]

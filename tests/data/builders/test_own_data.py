@@ -266,7 +266,7 @@ def test_contradicting_sources_of_splits_are_errors(tmp_path, media):
         ({"image": "x" * 5000, "caption": "c"}, "name too long"),
         ({"image": "/secret.png", "caption": "c"}, "leads out of the media folder"),
         ({"image": "00.png", "caption": "c", "split": "a b"}, "is no name"),
-        (["00.png", "c"], "a JSON list, not an object"),
+        (["00.png", "c"], "a JSON array, not an object"),
         (b'{"image": "00.png", ', "malformed JSON"),
         (b"[" * 100_000, "malformed JSON"),
         (b'{"image": "00.png", "caption": "\xff"}', "not UTF-8"),

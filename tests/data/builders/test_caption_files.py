@@ -1,0 +1,63 @@
+"""Facts about caption files before their media are looked at; what becomes of them: test_own_data.py."""
+
+import json
+
+import pytest
+
+from scl_jax.data.builders.caption_files import Problem, read_rows
+
+
+@pytest.fixture
+def media(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").touch()
+    return tmp_path
+
+
+def read(media, name, content):
+    """The rows and problems of a caption file of this content."""
+    (media / name).write_bytes(content)
+    return list(read_rows(media / name, "auto", media, "", ""))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_by_its_entries(media, indent):
+    entries = [{"image": "0.png", "caption": "a"}, "x", {"image": "1.png", "captions": ["später"]}]
+    content = json.dumps(entries, indent=indent, ensure_ascii=False).encode("utf-8-sig")
+    first, problem, second = read(media, "c.json", content)
+    assert (first.captions, second.captions) == (("a",), ("später",))
+    assert problem.reason == "a JSON str, not an object"
+    assert [found.place.line for found in (first, problem, second)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", [b"[]", b'["0.png", "a"]', b'["0.png", "a"]\n["1.png", "b"]'])
+def test_a_line_that_is_an_array_is_none_of_objects(media, content):
+    found = read(media, "c.jsonl", content)
+    assert [problem.reason for problem in found] == ["a JSON array, not an object"] * len(content.splitlines())
+
+
+def test_of_many_keys_a_few_are_said(media):
+    [problem] = read(media, "c.json", json.dumps({f"{i}.png": ["c"] for i in range(500)}).encode())
+    assert isinstance(problem, Problem)
+    assert problem.reason.endswith("among: 0.png, 1.png, 2.png, 3.png, 4.png, 5.png, 6.png, 7.png, … (500 in all)")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["c.csv", "c.jsonl"])
+def test_utf_16_is_recognised(media, encoding, name):
+    with pytest.raises(ValueError, match=rf"{name} is UTF-16; save it as UTF-8"):
+        read(media, name, "\ufeffimage,caption\n0.png,c\n".encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "hint"),
+    [
+        ("c.csv", ";", "';'? save it with ','"),
+        ("c.csv", "\t", "tabs? name it .tsv"),
+        ("c.tsv", ",", "','? name it .csv"),
+    ],
+)
+def test_another_separator_is_named(media, name, separator, hint):
+    with pytest.raises(ValueError) as error:
+        read(media, name, f"image{separator}caption\n0.png{separator}c\n".encode())
+    assert str(error.value).endswith(f"; are they separated by {hint}")

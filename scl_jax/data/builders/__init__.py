@@ -31,6 +31,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 _NAME = re.compile(r"([a-z][a-z0-9_]*)/([A-Za-z0-9][A-Za-z0-9_.-]*)")
+_SPLIT_OPTIONS = "evaluate.split and evaluate.final_split name the splits that a run evaluates"
 _OPTIONS_FILE = "prepared_with.json"
 _OPENED_AT_ONCE = 16  # shards whose index is looked at
 
@@ -190,7 +191,8 @@ def open_source(name: str, split: str, data_dir: str | Path, *, whole: bool = Tr
     except Exception as error:  # TFDS raises whatever broken files lead it to
         raise ShardError(f"{name}: {folder} cannot be opened ({type(error).__name__}: {error}); {_REMEDY}") from error
     if split not in splits:
-        raise ValueError(f"{name} in {folder} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+        options = "" if split == "train" else f"; {_SPLIT_OPTIONS}"
+        raise ValueError(f"{name} in {folder} has no split {split!r}; it has {', '.join(map(repr, splits))}{options}")
     lost = [str(path) for path in splits[split].filepaths if not Path(path).exists()]
     if lost:
         raise FileNotFoundError(
@@ -242,7 +244,13 @@ def _is_bytes(feature: Any) -> bool:
 def _parse(name: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"data set {name!r}: expected '<builder>/<config>', such as 'toy_world/images'")
+        problem = f"data set {name!r}: expected '<builder>/<config>', such as 'toy_world/images'"
+        if "," in name:
+            listed = ",".join(repr(part.strip()) for part in name.split(","))
+            problem += f'; several in a config are written "--config.data.images.datasets=({listed})"'
+        else:
+            problem += "; a name is of letters, digits, '_', '-' and '.', and begins with a letter or digit"
+        raise ValueError(problem)
     return match[1], match[2]
 
 

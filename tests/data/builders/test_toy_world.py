@@ -246,7 +246,8 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=command):
         open_source("toy_world/images", "train", tmp_path)
     folder = prepare("toy_world/images", tmp_path, train=1, validation=1, test=1)
-    with pytest.raises(ValueError, match="has no split 'dev'; it has 'train', 'validation', 'test'"):
+    options = "evaluate.split and evaluate.final_split name the splits that a run evaluates"
+    with pytest.raises(ValueError, match=f"has no split 'dev'; it has 'train', 'validation', 'test'; {options}"):
         open_source("toy_world/images", "dev", tmp_path)
     next(folder.glob("*train*")).unlink()
     with pytest.raises(FileNotFoundError, match=command):
@@ -255,6 +256,11 @@ def test_errors_say_what_to_do(tmp_path):
         prepare("toy_word/images", tmp_path)
     with pytest.raises(ValueError, match="expected '<builder>/<config>'"):
         prepare("toy_world", tmp_path)
+    with pytest.raises(ValueError, match="'own_data/my set': .* a name is of letters, digits, '_', '-' and '.'"):
+        prepare("own_data/my set", tmp_path)
+    several = "several in a config are written \"--config.data.images.datasets=('own_data/a','toy_world/images')\""
+    with pytest.raises(ValueError, match=re.escape(several)):
+        open_source("own_data/a,toy_world/images", "train", tmp_path)
     with pytest.raises(ValueError, match="configs 'images', 'videos', .*, not 'sounds'"):
         prepare("toy_world/sounds", tmp_path)
     with pytest.raises(ValueError, match="train=0; a split needs at least one record"):

@@ -18,7 +18,7 @@ from scl_jax.models.attention_by_head import WORTHWHILE, attention_by_head
 from scl_jax.models.dropout import dropout
 from scl_jax.models.flash_attention import HEAD_WIDTHS, flash_attention
 from scl_jax.models.layers import Precision, add_bias, product
-from scl_jax.models.mosaic_attention import mosaic_attention
+from scl_jax.models.mosaic_attention import MOST_KEYS, mosaic_attention
 from scl_jax.partition import tensor_parallel
 
 
@@ -61,8 +61,8 @@ def attend(
         implementation: "xla"; on a CPU "by_head" (models/attention_by_head.py); on a TPU in bfloat16 "mosaic" (our
             kernel, models/mosaic_attention.py); on a GPU in bfloat16 "fused" (our kernel, models/flash_attention.py) or
             "cudnn". By head go large arrays without `key_mask`, cuDNN's kernels draw dropout from a seed that is fixed
-            at compilation, ours take heads that lie on one device, and on GPUs of the widths `HEAD_WIDTHS`; for the
-            rest the plain way is taken.
+            at compilation, ours take heads that lie on one device, on GPUs of the widths `HEAD_WIDTHS`, on TPUs up to
+            `MOST_KEYS` keys; for the rest the plain way is taken.
     """
     dropping = dropout_key is not None and dropout_rate > 0.0
     large = query.shape[1] * key.shape[1] >= WORTHWHILE
@@ -70,7 +70,7 @@ def attend(
         return attention_by_head(scaled(query), key, value, dropout_rate, dropout_key)
     if implementation == "fused" and query.shape[-1] in HEAD_WIDTHS and not tensor_parallel():
         return flash_attention(query, key, value, key_mask, dropout_rate if dropping else 0.0, dropout_key)
-    if implementation == "mosaic" and not tensor_parallel():
+    if implementation == "mosaic" and key.shape[1] <= MOST_KEYS and not tensor_parallel():
         return mosaic_attention(query, key, value, key_mask, dropout_rate if dropping else 0.0, dropout_key)
     if implementation == "cudnn" and not dropping:
         return cudnn_attention(query, key, value, key_mask, "cudnn")

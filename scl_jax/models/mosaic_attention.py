@@ -31,7 +31,11 @@ from scl_jax.models.dropout import drop, kept, sample_words
 from scl_jax.partition import by_sample
 
 LANES = 128
-ROWS = 400  # of a block of queries at most: its logits, with 800 keys, take 1.2 MiB of the fast memory
+# of the fast memory 16 MiB are for all that a kernel holds
+MOST_KEYS = 2400  # more do not fit, backward
+BLOCK = 320_000  # logits of a block at most: 1.2 MiB in float32
+ROWS = 512  # queries of a block at most
+TILE = 16  # rows of a tile in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ def mosaic_attention(
     dropout_key: Key[Array, ""] | None,
     interpret: bool = False,
 ) -> Float[Array, "B Q H d"]:
-    """Multi-head scaled dot-product attention with dropout on its weights.
+    """Multi-head scaled dot-product attention with dropout on its weights, to at most `MOST_KEYS` keys.
 
     `key_mask`: real keys first, then padding. A row without any real key reads its first key.
     """
@@ -120,7 +124,7 @@ class Call:
         self.batch, self.queries, width = query.shape
         self.keys, self.head_width = key.shape[1], width // plan.heads
         self.lanes = block_lanes(width, self.head_width)
-        self.rows = block_rows(self.queries)
+        self.rows = block_rows(self.queries, self.keys)
         self.grid = (self.batch, width // self.lanes, pl.cdiv(self.queries, self.rows))
         self.of_queries = pl.BlockSpec((1, self.rows, self.lanes), lambda row, lanes, block: (row, block, lanes))
         self.of_keys = pl.BlockSpec((1, self.keys, self.lanes), lambda row, lanes, block: (row, 0, lanes))
@@ -152,10 +156,10 @@ def block_lanes(width: int, head_width: int) -> int:
     return lanes if width % lanes == 0 and lanes % head_width == 0 and lanes % LANES == 0 else width
 
 
-def block_rows(queries: int) -> int:
-    """Queries of a block: all, or equal parts in whole tiles of 16 rows."""
-    parts = pl.cdiv(queries, ROWS)
-    return queries if parts == 1 else pl.cdiv(pl.cdiv(queries, parts), 16) * 16
+def block_rows(queries: int, keys: int) -> int:
+    """Queries of a block: all, or equal parts in whole tiles."""
+    parts = max(pl.cdiv(queries * keys, BLOCK), pl.cdiv(queries, ROWS))
+    return queries if parts == 1 else pl.cdiv(pl.cdiv(queries, parts), TILE) * TILE
 
 
 # ---- kernels ----

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scl_jax.models.attention import attend, plain_attention
-from scl_jax.models.mosaic_attention import block_lanes, block_rows, mosaic_attention
+from scl_jax.models.mosaic_attention import MOST_KEYS, block_lanes, block_rows, mosaic_attention
 from scl_jax.partition import on_mesh
 from scl_jax.training.sharding import batch_sharding, make_mesh
 
@@ -49,7 +49,7 @@ def plain(query, key, value, mask, rate):
         (5, 9, (9, 4, 1), 4, 16),  # all heads in half a vector
         (9, 5, (5, 1, 4), 3, 64),  # an odd number of them: one block of a vector and a half
         (6, 8, None, 2, 128),  # a vector each
-        (450, 12, (12, 3, 7), 2, 64),  # two blocks of queries, the last one not full
+        (650, 12, (12, 3, 7), 2, 64),  # two blocks of queries, the last one not full
     ],
 )
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -94,13 +94,9 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_plain_attention_is():
 
 
 def test_blocks_are_whole_heads_and_equal_parts_of_the_queries():
-    assert [block_lanes(768, 64), block_lanes(64, 16), block_lanes(192, 64), block_lanes(512, 256)] == [
-        128,
-        64,
-        192,
-        256,
-    ]
-    assert [block_rows(325), block_rows(788), block_rows(1)] == [325, 400, 1]
+    lanes = [block_lanes(768, 64), block_lanes(64, 16), block_lanes(192, 64), block_lanes(512, 256)]
+    assert lanes == [128, 64, 192, 256]
+    assert [block_rows(325, 325), block_rows(788, 788), block_rows(1, 1), block_rows(4616, 50)] == [325, 400, 1, 464]
 
 
 def test_who_computes_attention(monkeypatch):
@@ -109,4 +105,6 @@ def test_who_computes_attention(monkeypatch):
     query, key, value, _ = inputs(4, 4)
     attend(query, key, value, implementation="mosaic")
     attend(query, key, value, dropout_rate=0.1, dropout_key=KEY, implementation="mosaic")
-    assert seen == [0.0, 0.1]
+    many = jnp.zeros((1, MOST_KEYS + 1, 1, 8))
+    attend(many[:, :1], many, many, implementation="mosaic")
+    assert seen == [0.0, 0.1]  # so many keys do not fit: the plain way

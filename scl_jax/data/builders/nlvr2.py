@@ -10,16 +10,18 @@ last part of an identifier, which then is the place of the statement among those
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scl_jax.data.builders.caption_files import ArrowCell, Place, Problem, UnusableError
 from scl_jax.data.builders.raw import Counts, Entries, RawDataset, RawItem, RawSplits, RawText, raw_builder
-from scl_jax.data.builders.raw_files import Located, arrow_rows, json_lines, required, value
+from scl_jax.data.builders.raw_files import Located, arrow_rows, json_lines, note_once, required, value
 from scl_jax.data.builders.targets import STATEMENT_CLASSES, UNKNOWN
 
 _SPLITS = ("train", "dev", "test1")
+_IDENTIFIER = re.compile(r"[^-]+(-[^-]+){3,}")
 
 
 def read_tree(source: Path) -> RawSplits:
@@ -30,11 +32,15 @@ def read_tree(source: Path) -> RawSplits:
 def _entries(source: Path, split: str) -> Entries:
     file = required(source, f"data/{split}.json", f"{split}.json")
     pairs: dict[str, RawItem] = {}
+    seen: dict[str, Place] = {}
     for place, entry in json_lines(file):
         try:
             if isinstance(entry, str):
                 raise UnusableError(entry)
             identifier = value(entry, "identifier", str)
+            if _IDENTIFIER.fullmatch(identifier) is None:
+                raise UnusableError(f"identifier {identifier!r} is not split-set-pair-sentence, such as dev-850-0-0")
+            note_once(seen, "identifier", identifier, place)
             pair = identifier.rpartition("-")[0]
             text = RawText(value(entry, "sentence", object), identifier, _label(entry))
             directory = f"{value(entry, 'directory')}/" if split == "train" else ""

@@ -166,6 +166,13 @@ def value(entry: Any, key: str, kind: type | tuple[type, ...] = (str, int)) -> A
     return entry[key]
 
 
+def note_once(seen: dict[str, Place], what: str, name: str, place: Place) -> None:
+    """Notes the place of a name; UnusableError where it has one."""
+    if name in seen:
+        raise UnusableError(f"{what} {name!r} is that of {seen[name]} too")
+    seen[name] = place
+
+
 def pair(entry: Any) -> tuple[str, Any]:
     """The file and the caption of an entry of a list of pairs; UnusableError for another."""
     if not isinstance(entry, list | tuple) or len(entry) < 2 or not isinstance(entry[0], str):

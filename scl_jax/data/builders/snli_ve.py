@@ -17,7 +17,7 @@ from typing import Any
 from scl_jax.data.builders.caption_files import ArrowCell, Place, Problem, UnusableError
 from scl_jax.data.builders.flickr30k import IMAGE_FOLDERS
 from scl_jax.data.builders.raw import Counts, Entries, RawDataset, RawItem, RawSplits, RawText, raw_builder
-from scl_jax.data.builders.raw_files import Located, arrow_rows, json_lines, required, value
+from scl_jax.data.builders.raw_files import Located, arrow_rows, json_lines, note_once, required, value
 from scl_jax.data.builders.targets import ENTAILMENT_CLASSES
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -30,12 +30,14 @@ def read_tree(source: Path) -> RawSplits:
 
 def _entries(source: Path, split: str) -> Entries:
     images: dict[str, RawItem] = {}
+    seen: dict[str, Place] = {}
     for place, entry in json_lines(required(source, f"snli_ve_{split}.jsonl")):
         try:
             if isinstance(entry, str):
                 raise UnusableError(entry)
             name = str(value(entry, "Flickr30K_ID"))
             text = RawText(value(entry, "sentence2", object), value(entry, "pairID", str), _label(entry))
+            note_once(seen, "pairID", text.id, place)
         except UnusableError as error:
             yield Problem(place, str(error))
             continue

@@ -1,9 +1,8 @@
 """LSMDC retrieval: `python -m scl_jax.main --config=configs/retrieval_lsmdc.py --workdir=runs/lsmdc`.
 
 From the checkpoint of `configs/pretrain_video.py` in runs/video (`--config.init.checkpoint=…` for another one), 4
-frames of 224 px. The best
-checkpoint on the validation split is evaluated. Zero-shot, with the matching head of
-the pre-training checkpoint:
+frames of 224 px. The best checkpoint on the validation split is evaluated. Zero-shot, with the matching head of the
+pre-training checkpoint:
 
     python -m scl_jax.main --config=configs/retrieval_lsmdc.py --workdir=runs/lsmdc_zero_shot --mode=evaluate \
         --config.task=pretrain

@@ -1,9 +1,8 @@
 """MSRVTT retrieval, 1k-A: `python -m scl_jax.main --config=configs/retrieval_msrvtt.py --workdir=runs/msrvtt`.
 
 From the checkpoint of `configs/pretrain_video.py` in runs/video (`--config.init.checkpoint=…` for another one), 4
-frames of 224 px. The split
-has no validation part, so the last checkpoint is evaluated. Zero-shot, with the matching head of
-the pre-training checkpoint:
+frames of 224 px. The split has no validation part, so the last checkpoint is evaluated. Zero-shot, with the matching
+head of the pre-training checkpoint:
 
     python -m scl_jax.main --config=configs/retrieval_msrvtt.py --workdir=runs/msrvtt_zero_shot --mode=evaluate \
         --config.task=pretrain

@@ -1,4 +1,4 @@
-"""Prepares data sets: reads and checks files, or draws toy scenes, and writes array_record shards.
+r"""Prepares data sets: reads and checks files, or draws toy scenes, and writes array_record shards.
 
     python -m scl_jax.data.prepare --dataset=toy_world --out=data --train_tokenizer=data/tokenizer
     python -m scl_jax.data.prepare --dataset=own_data/pets --captions=pets.jsonl --media=pets --out=data

@@ -10,6 +10,7 @@ import pytest
 import raw_trees
 from PIL import Image
 
+from scl_jax.data import prepare
 from scl_jax.data.builders import open_source
 from scl_jax.data.builders.problems import BrokenRecordsError
 from scl_jax.data.prepare import check_tokenizer, prepare_dataset, write_tokenizer
@@ -113,6 +114,10 @@ def test_command_answers_mistakes_with_one_line(tmp_path, arguments, message):
     done = run(tmp_path, *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_help_shows_commands_as_they_are_typed():
+    assert "--format=nlvr \\\n        --media=nlvr/dev/images\n" in (prepare.__doc__ or "")
 
 
 def test_command_compares_a_public_set_with_what_is_published(tmp_path):

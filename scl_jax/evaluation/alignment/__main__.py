@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("checkpoint", help="what scl_jax.load takes")
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--align_bench", default="", help="the authors' folder, with images/ and pkls/")
+    source.add_argument("--align_bench", default="", help="a folder with images/ and pkls/; see docs/data.md")
     source.add_argument("--dataset", default="toy_world/images", help="toy_world/images or toy_world/videos")
     p.add_argument("--data", default="data", help="where prepared shards lie")
     p.add_argument("--split", default="test", help="of the toy world")

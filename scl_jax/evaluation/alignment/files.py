@@ -1,12 +1,14 @@
-"""Examples of the alignment scores: the authors' files, and the toy world's own boxes.
+"""Examples of the alignment scores: the authors' files, your own, and the toy world's own boxes.
 
 <folder>/images/<name>.jpg
 <folder>/pkls/<name>.pkl    {"caption": str, "annotation": {phrase: [{"bbox_mask": [x0, y0, x1, y1],
                              "pixel_mask": truth values (height, width)}, …]}}
+<folder>/images/<name>.json {"caption": str, "annotation": {phrase: [[x0, y0, x1, y1], …]}}; read where there is no .pkl
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,16 +26,20 @@ _ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def align_bench(folder: Path | str, max_items: int = 0) -> Iterator[Example]:
-    """The authors' examples in the order of their names; `max_items` of them, 0 for all.
+    """The examples of a folder in the order of their names; `max_items` of them, 0 for all.
 
     Raises:
         FileNotFoundError: the folder has no annotations, or an image is missing.
         ValueError: an annotation is broken, of another form, or would run code; the message names the file.
     """
     folder = Path(folder)
-    files = sorted((folder / "pkls").glob("*.pkl"), key=lambda file: (len(file.stem), file.stem))
+    found = [*(folder / "pkls").glob("*.pkl")] or [*(folder / "images").glob("*.json")]
+    files = sorted(found, key=lambda file: (len(file.stem), file.stem))
     if not files:
-        raise FileNotFoundError(f"{folder}/pkls holds no .pkl file: give the unpacked folder with images/ and pkls/")
+        raise FileNotFoundError(
+            f"{folder}/pkls holds no .pkl file and {folder}/images no .json: give the folder that holds images/, "
+            "as docs/data.md describes it"
+        )
     for file in files[: max_items or None]:
         media = next((p for end in _ENDINGS if (p := folder / "images" / f"{file.stem}{end}").exists()), None)
         if media is None:
@@ -44,20 +50,28 @@ def align_bench(folder: Path | str, max_items: int = 0) -> Iterator[Example]:
 def _example(file: Path, media: Path) -> Example:
     data = media.read_bytes()
     width, height = images.open_image(data).size
-    content = read_pickle(file)
+    content, wrong = (read_pickle(file), PickleError) if file.suffix == ".pkl" else (_read_json(file), ValueError)
     try:
         caption, annotation = content["caption"], content["annotation"]
         if not isinstance(caption, str) or not isinstance(annotation, Mapping):
-            raise PickleError("caption is no text or annotation is no dictionary")
+            raise ValueError("caption is no text or annotation is no dictionary")
+        region = _region if file.suffix == ".pkl" else _box
         phrases = [
-            Phrase(text, find_phrase(text, caption), tuple(_region(one, height, width) for one in regions))
+            Phrase(text, find_phrase(text, caption), tuple(region(one, height, width) for one in regions))
             for text, regions in annotation.items()
         ]
     except (KeyError, TypeError, IndexError) as error:
-        raise PickleError(f"{file}: not an annotation of ALIGN-BENCH ({type(error).__name__}: {error})") from error
+        raise wrong(f"{file}: not an annotation of ALIGN-BENCH ({type(error).__name__}: {error})") from error
     except ValueError as error:
-        raise PickleError(f"{file}: {error}") from error
+        raise wrong(f"{file}: {error}") from error
     return Example(file.stem, data, caption, tuple(phrases))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: no JSON: {error}") from error
 
 
 def _region(region: Mapping[str, Any], height: int, width: int) -> Region:
@@ -66,6 +80,22 @@ def _region(region: Mapping[str, Any], height: int, width: int) -> Region:
     if mask.shape[-2:] != (height, width) or mask.size != height * width:
         raise ValueError(f"a mask of shape {mask.shape}, but the image has {width}x{height} pixels")
     return Region(box, mask.reshape(1, height, width) > 0)
+
+
+def _box(corners: Any, height: int, width: int) -> Region:
+    """A region that is known by its box only: the mask is the filled box."""
+    problem = f"box {str(corners)[:60]} is not x0, y0, x1, y1 in pixels of an image of {width}x{height}"
+    try:
+        box = np.trunc(np.asarray(corners, np.float64))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(problem) from error
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(problem)
+    x0, y0, x1, y1 = box = box.clip(0, (width, height, width, height)).astype(np.int64)
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(problem)
+    region = Region(box[None], np.zeros((1, height, width), bool))
+    return Region(region.boxes, region.filled())
 
 
 def find_phrase(phrase: str, caption: str) -> tuple[int, int] | None:

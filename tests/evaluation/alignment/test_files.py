@@ -107,10 +107,38 @@ def test_annotations_of_another_form_are_errors_that_name_the_file(tmp_path):
         list(align_bench(write_bench(tmp_path, {"caption": "x"})))
     with pytest.raises(PickleError, match=r"a mask of shape \(2, 3\), but the image has 64x48"):
         list(align_bench(write_bench(tmp_path, annotation(pixel_mask=np.ones((2, 3), bool)))))
-    with pytest.raises(FileNotFoundError, match="holds no .pkl"):
+    with pytest.raises(FileNotFoundError, match="holds no .pkl file and .*/images/images no .json"):
         list(align_bench(tmp_path / "images"))
     (tmp_path / "images" / "7.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="7.jpg is missing"):
+        list(align_bench(tmp_path))
+
+
+def test_json_with_boxes_beside_the_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png())
+    file = tmp_path / "images" / "a.json"
+    boxes = {"Red star": [[5.7, 10, 30, 20]], "ring": [[0, 0, 8, 8], [60, 40, 70, 48]]}
+    file.write_text(json.dumps({"caption": "A red star, above a ring.", "annotation": boxes}))
+    (example,) = align_bench(tmp_path)
+    star, ring = example.phrases
+    assert (star.span, ring.span) == ((2, 10), (20, 24)) and len(ring.regions) == 2
+    assert star.regions[0].boxes.tolist() == [[5, 10, 30, 20]] and star.regions[0].mask.sum() == 25 * 10
+    assert star.regions[0].mask[0, 10:20, 5:30].all() and ring.regions[1].mask.sum() == 4 * 8
+    for box in (
+        [0.1, 0.1, 0.5, 0.5],
+        [70, 0, 80, 9],
+        [9, 0, 5, 9],
+        [0, 0, 5, float("nan")],
+        [1, 2, 3],
+        [0, 0, 5, 10**400],
+        "abcd",
+    ):
+        file.write_text(json.dumps({"caption": "a ring", "annotation": {"ring": [box]}}))
+        with pytest.raises(ValueError, match=r"a.json: box .* of an image of 64x48"):
+            list(align_bench(tmp_path))
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"a.json: no JSON"):
         list(align_bench(tmp_path))
 
 

@@ -61,11 +61,8 @@ def least(config: ConfigDict, task: Task, stream: str, mesh: Mesh) -> float:
     return LEAST.get(mesh.devices.flat[0].platform, LEAST_ELSEWHERE) * kept / mesh.devices.size
 
 
-def needed(config: ConfigDict, task: Task, stream: str, mesh: Mesh, memory: int) -> tuple[float, str]:
+def needed(config: ConfigDict, task: Task, stream: str, mesh: Mesh) -> tuple[float, str]:
     """(bytes of one device that a step needs, how that is known); infinity where the compiler only refuses it."""
-    at_least = least(config, task, stream, mesh)
-    if at_least > memory:
-        return at_least, "at least"
     step, arguments = build.planned_step(config, task, stream, mesh)
     try:
         return planned_bytes(step.lower(*arguments).compile()), "planned"
@@ -73,6 +70,24 @@ def needed(config: ConfigDict, task: Task, stream: str, mesh: Mesh, memory: int)
         if not out_of_memory(error):
             raise
         return float("inf"), "refused by the compiler"
+
+
+def most_needed(
+    config: ConfigDict, task: Task, streams: Sequence[str], mesh: Mesh, memory: int
+) -> tuple[float, str, str]:
+    """(bytes, how that is known, stream) of the step that needs most, or of the first that is found not to fit.
+
+    Nothing is compiled where a traced program shows that it cannot fit, and nothing after a step that does not.
+    """
+    most = max((least(config, task, stream, mesh), "at least", stream) for stream in streams)
+    if most[0] > memory:
+        return most
+    planned: list[tuple[float, str, str]] = []
+    for stream in streams:
+        planned.append((*needed(config, task, stream, mesh), stream))
+        if planned[-1][0] > ROOM * memory:
+            break
+    return max(planned)
 
 
 def resolve(
@@ -97,8 +112,7 @@ def resolve(
         return with_policy(config, "none")
     for policy in POLICIES[:-1]:
         tried = with_policy(config, policy)
-        found = [(*needed(tried, task, stream, mesh, memory), stream) for stream in streams]
-        most, how, stream = max(found)
+        most, how, stream = most_needed(tried, task, streams, mesh, memory)
         fits = most <= ROOM * memory
         size = "" if most == float("inf") else f" {most / GIB:.1f} of {memory / GIB:.1f} GiB"
         say(f"model.remat={policy}:{size} {how} ({stream}): {'taken' if fits else 'too much'}")

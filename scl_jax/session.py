@@ -179,18 +179,20 @@ class Session:
         config = self.config
         self._look_at_records()
         data = self.training_data()  # before the state: missing shards should be said at once
-        config = self.config = self._with_remat()
+        finished = (self.checkpoints.latest() or 0) >= config.train.steps
+        config = self.config = self._with_remat(finished)
         graph, tx, state = self.initial_state()
         iterator = iter(data)
         evaluation = self.evaluation(graph, config.evaluate.split) if config.evaluate.every else None
         state, begun, progress = self._continued(state, iterator)
+        if finished and int(state.step) < config.train.steps:  # its last checkpoint was damaged
+            config = self.config = self._with_remat()
+            graph, tx, _ = self.initial_state()
         with self.open_log(begun or 0) as log:
             log.save_config(config)
             self._say_left_out(log)
-            if self.is_main and (begun is None or not has_tokenizer(self.workdir)):
-                self.tokenizer.save(self.workdir / RUN_TOKENIZER)
-            if self.classes and self.is_main:
-                write_json(self.workdir / "classes.json", list(self.classes))
+            if self.is_main:
+                self._leave_vocabularies(begun is not None)
             count = parameters.count(state.params)
             begin = f"continuing from step {begun}" if begun is not None else "starting"
             for note in self.checkpoints.notes:
@@ -227,8 +229,21 @@ class Session:
                 log.say(f"stopped by a signal; the same command continues from step {int(state.step)}")
         return complete
 
-    def _with_remat(self) -> ConfigDict:
-        """The config with a policy for `model.remat`, which may be "auto"; takes a compilation or two where it is."""
+    def _leave_vocabularies(self, begun: bool) -> None:
+        """What makes the run useful wherever it lies; a begun run keeps its own tokenizer."""
+        if not begun or not has_tokenizer(self.workdir):
+            self.tokenizer.save(self.workdir / RUN_TOKENIZER)
+        if self.classes:
+            write_json(self.workdir / "classes.json", list(self.classes))
+
+    def _with_remat(self, finished: bool = False) -> ConfigDict:
+        """The config with a policy for `model.remat`, which may be "auto"; takes a compilation or two where it is.
+
+        finished: no step is left, so that nothing is compiled and the policy stays what it was.
+        """
+        before = config_before(self.workdir)
+        if finished and before and self.config.model.remat == "auto":
+            return remat.with_policy(self.config, before.model.remat)
 
         def say(line: str) -> None:
             if self.is_main and self.config.log.console:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toy_run
 
@@ -30,7 +33,7 @@ def planned(**changes):
 def sizes(needs: dict[str, float], monkeypatch) -> None:
     """Makes the steps of images need so much by policy, those of clips a tenth of it."""
 
-    def needed(config, task, stream, mesh, memory):
+    def needed(config, task, stream, mesh):
         return needs[config.model.remat] / (1 if stream == "images" else 10), "planned"
 
     monkeypatch.setattr(remat, "needed", needed)
@@ -71,6 +74,24 @@ def test_all_streams_must_fit(monkeypatch):
     config, task, mesh = planned()
     assert remat.resolve(config, task, ["videos"], mesh, print, 20 * GIB).model.remat == "none"
     assert remat.resolve(config, task, ["videos", "images"], mesh, print, 40 * GIB).model.remat == "dots"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "plans", "compiled"),
+    [((1, 1), (90, 1), ["images"]), ((1, 60), (1, 1), []), ((1, 1), (1, 90), ["images", "videos"])],
+    ids=["first too much", "second cannot fit", "second too much"],
+)
+def test_nothing_more_is_compiled_of_a_policy_that_does_not_fit(bounds, plans, compiled, monkeypatch):
+    streams, seen = ["images", "videos"], []
+
+    def needed(config, task, stream, mesh):
+        seen.append(stream)
+        return plans[streams.index(stream)] * GIB, "planned"
+
+    monkeypatch.setattr(remat, "least", lambda config, task, stream, mesh: bounds[streams.index(stream)] * GIB)
+    monkeypatch.setattr(remat, "needed", needed)
+    config, task, mesh = planned()
+    assert remat.most_needed(config, task, streams, mesh, 50 * GIB)[0] > 50 * GIB and seen == compiled
 
 
 def test_a_policy_that_is_named_stays_and_nothing_is_compiled(monkeypatch):
@@ -148,7 +169,7 @@ def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypat
     plans = {}
     for policy in remat.POLICIES[:2]:
         tried = remat.with_policy(run.config, policy)
-        plans[policy], how = remat.needed(tried, run.task, "images", run.mesh, 2**40)
+        plans[policy], how = remat.needed(tried, run.task, "images", run.mesh)
         assert how == "planned"
     assert plans["none"] > 1.05 * plans["dots"]
     limit = int((plans["none"] + plans["dots"]) / 2 / remat.ROOM)
@@ -159,6 +180,30 @@ def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypat
     assert "model.remat=none:" in said and "model.remat=dots:" in said and "planned (images): taken" in said
     assert json.loads((tmp_path / "config.json").read_text())["model"]["remat"] == "dots"
     assert run.initial_state()[0] != Session(config, tmp_path).initial_state()[0]  # graphs hold the policy
+
+
+def test_a_finished_run_plans_nothing(data_dir, tmp_path, monkeypatch):
+    """Unless its last checkpoint is damaged, so that steps are left after all."""
+    config = toy_run.config(data_dir, **{"data.videos.share": 0.0})
+    run = Session(config, tmp_path)
+    _, _, state = run.initial_state()
+    with run.open_log(0) as log:
+        log.save_config(remat.with_policy(run.config, "dots"))
+    progress = {"data": iter(run.training_data()).get_state(), "window": {}}
+    for step in (4, 6):
+        run.checkpoints.save(step, dataclasses.replace(state, step=jnp.asarray(step, jnp.int32)), progress)
+    run.checkpoints.close()
+    resolved = []
+    monkeypatch.setattr(remat, "resolve", lambda config, *_: resolved.append(1) or remat.with_policy(config, "full"))
+    monkeypatch.setattr(session, "train", lambda task, step, state, *_: (state, int(state.step) == 6))
+    monkeypatch.setattr(Session, "report", lambda *_: None)
+
+    def policy():
+        return json.loads((tmp_path / "config.json").read_text())["model"]["remat"]
+
+    assert Session(config, tmp_path).train() and not resolved and policy() == "dots"
+    shutil.rmtree(tmp_path / "checkpoints/6/state/d")
+    assert not Session(config, tmp_path).train() and resolved and policy() == "full"
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])

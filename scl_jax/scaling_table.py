@@ -87,8 +87,11 @@ needs at most nine tenths of it. FLOPs are those of a chip in one step, of matri
 included: of the compiled program, and of the program as written divided by the chips; where the first is larger,
 chips do the same work twice. Collectives are the bytes that a chip sends in one step if rings carry them.
 
-A row is as old as its record: where FLOPs as written differ for as many samples a chip of one config and policy, the
-code has changed in between.
+The compiler's guess is what its cost model gives for all but kernels, collectives and copies in the background.
+
+A row is as old as its record. One without a guess is of code with plain attention and layers in a loop (before the end
+of 29 November), which needs more memory and time; where FLOPs as written differ for as many samples a chip of one
+config and policy, too, the code has changed in between.
 """
 
 
@@ -113,17 +116,19 @@ def row(record: Record) -> list[str]:
     batch = str(record["batch_size"]) + (f" in {record['accumulate']} parts" if record["accumulate"] > 1 else "")
     first = [record["config"], record["stream"], record["topology"], str(record["chips"]), mesh, batch, record["remat"]]
     if record["problem"]:
-        return [*first, "refused", "", "", "", ""]
+        return [*first, "refused", *[""] * 5]
     memory = f"{record['arguments'] / GIB:.2f} + {record['temporaries'] / GIB:.2f}"
     total = f"{record['total'] / GIB:.2f} of {record['hbm'] / GIB:.2f}" + ("" if record["fits"] else ", does not fit")
     flops = f"{record['flops'] / 1e12:.2f} ({record['traced_flops'] / 1e12:.2f})"
-    return [*first, memory, total, flops, collectives, str(len(record["warnings"]))]
+    guess = sum(record.get("seconds_by_scope", {}).values())
+    times = f"{1e3 * guess:.0f}" if guess else ""
+    return [*first, memory, total, flops, times, collectives, str(len(record["warnings"]))]
 
 
 def table(records: list[Record]) -> str:
     """All steps, as Markdown."""
     head = ["config", "stream", "slice", "chips", "mesh", "batch", "remat", "arguments + temporaries, GiB"]
-    head += ["total, GiB", "TFLOPs a chip (as written)", "MiB sent a chip", "warnings"]
+    head += ["total, GiB", "TFLOPs a chip (as written)", "compiler's guess, ms", "MiB sent a chip", "warnings"]
     lines = [head, ["---"] * len(head), *(row(record) for record in records)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from scl_jax.config import active_streams, default_config
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.torch_config import SCLConfig
+from scl_jax.data.tokens import Tokenizer
 
-DEFAULT_TOKENIZER = "roberta-base"
+DEFAULT_TOKENIZER, DEFAULT_VOCABULARY = "roberta-base", 50265  # and its tokens
 _VIDEO_FRAMES = 4  # of METHOD section 4, for weights that come without a note
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -91,21 +92,50 @@ def own_tokenizer(path: Path) -> Path | None:
     return folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
 
 
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ConversionError for a tokenizer whose ids lie beyond a model's table of words, which would give NaN."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConversionError(
+            f"the tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, but the model knows {vocab_size}: "
+            "give the one that it was trained with (--tokenizer=FOLDER; in Python, tokenizer=...)"
+        )
+
+
 def classes_file(path: Path) -> Path:
     """Where the answers of a head would be listed."""
     return path / "classes.json" if path.is_dir() else path.with_name("classes.json")
 
 
+def noted_sizes(path: Path) -> SCLConfig | None:
+    """The sizes in the config.json of an exported folder; they include what weights do not show, such as heads.
+
+    Raises:
+        ConversionError, ValueError: it cannot be read, or lacks some of them.
+    """
+    settings = _settings(path)
+    return SCLConfig.from_dict(settings) if "vision_heads" in settings else None
+
+
 def _noted(path: Path) -> Inputs | None:
     """What an exported folder notes about the run that it came from."""
-    file = path / "config.json"
-    if not path.is_dir() or not file.exists():
+    noted = _settings(path).get("inputs")
+    if not isinstance(noted, dict):
         return None
     try:
-        settings: Any = json.loads(file.read_text())
-        noted = settings.get("inputs")
-        if not isinstance(noted, dict):
-            return None
         return Inputs(**{field.name: int(noted[field.name]) for field in dataclasses.fields(Inputs)})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConversionError(f"{file}: the inputs of the model cannot be read ({error!r})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConversionError(f"{path / 'config.json'}: the inputs of the model cannot be read ({error!r})") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The config.json of a folder; empty where there is none."""
+    file = path / "config.json"
+    if not path.is_dir() or not file.exists():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
+    return settings

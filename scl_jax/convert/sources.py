@@ -14,6 +14,7 @@ from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.torch_files import read_tensors
 
 HUB = "hub:"
+_PARALLEL = "module."
 _NAME = r"[\w.-]+(/[\w.-]+)?"
 # what the encoders were trained with and this model computes with
 CLIP_SETTINGS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -61,8 +62,13 @@ def upload(folder: Path, target: str, overwrite: bool) -> str:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file or folder; floats of any width as float32, everything else as it is."""
-    return {name: _float32(value) for name, value in read_tensors(path).items()}
+    """The tensors of a file or folder; floats of any width as float32, everything else as it is.
+
+    What PyTorch's data parallelism puts before every name is taken off.
+    """
+    tensors = read_tensors(path)
+    shared = _PARALLEL if tensors and all(name.startswith(_PARALLEL) for name in tensors) else ""
+    return {name.removeprefix(shared): _float32(value) for name, value in tensors.items()}
 
 
 def _float32(value: np.ndarray) -> np.ndarray:

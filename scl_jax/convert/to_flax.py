@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,7 +14,15 @@ import numpy as np
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import beside, check_target, checksum, write_parameters
 from scl_jax.convert.full_model import model_shapes, read_model
-from scl_jax.convert.inputs import DEFAULT_TOKENIZER, classes_file, config_of, own_tokenizer
+from scl_jax.convert.inputs import (
+    DEFAULT_TOKENIZER,
+    DEFAULT_VOCABULARY,
+    check_tokenizer,
+    classes_file,
+    config_of,
+    noted_sizes,
+    own_tokenizer,
+)
 from scl_jax.convert.rules import Report
 from scl_jax.convert.sources import check_finite, read_weights
 from scl_jax.convert.summary import Summary
@@ -31,15 +40,12 @@ def read_torch(path: Path, heads: int = 0, vision_heads: int = 0) -> tuple[dict[
 
     What weights do not show (heads, dropout, the temperature at the start) is the folder's config.json's, if there.
     """
-    tensors = read_weights(path)
-    file, noted = path / "config.json", SCLConfig()
-    if path.is_dir() and file.exists():  # written by this command: it knows the heads
-        settings = json.loads(file.read_text())
-        if "vision_heads" in settings:
-            noted = SCLConfig.from_dict(settings)
-            heads, vision_heads = heads or noted.heads, vision_heads or noted.vision_heads
+    tensors, noted = read_weights(path), noted_sizes(path)
+    if noted:
+        heads, vision_heads = heads or noted.heads, vision_heads or noted.vision_heads
     flat, sizes, report = read_model(tensors, heads, vision_heads)
-    sizes = dataclasses.replace(sizes, dropout=noted.dropout, initial_temperature=noted.initial_temperature)
+    if noted:
+        sizes = dataclasses.replace(sizes, dropout=noted.dropout, initial_temperature=noted.initial_temperature)
     check_finite(tensors, report.mapped, path)
     return flat, sizes, report
 
@@ -79,10 +85,10 @@ def to_flax(
         str(path), str(target), len(report.mapped), sum(x.size for x in flat.values()), resized, report.dropped,
         [f"{name}: {INITIALISED[name]}" for name in report.untouched], checksum(flat),
     )  # fmt: skip
-    for line in summary.lines():
+    copied, named, tokenizer_line = _tokenizer(path, tokenizer, sizes.vocab_size)
+    for line in [*summary.lines(), _heads_line(path, sizes, heads, vision_heads), tokenizer_line]:
         say(line)
     if not dry_run:
-        copied, named = _tokenizer(path, tokenizer)
         config = config_of(path, sizes, named, image_size=image_size, frames=frames)
         with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
             write_parameters(folder, flat)
@@ -94,9 +100,30 @@ def to_flax(
     return summary
 
 
-def _tokenizer(path: Path, asked: str) -> tuple[Tokenizer | None, str]:
-    """The tokenizer to copy, where it lies in a folder, and its name for the config (empty: the copy)."""
+def _heads_line(path: Path, sizes: SCLConfig, asked: int, asked_vision: int) -> str:
+    """How many heads, and who says so: attention with others gives other numbers, and no error."""
+    guess = "config.json" if noted_sizes(path) else "width / 64; --heads, --vision_heads"
+    text, vision = ("as asked" if given else guess for given in (asked, asked_vision))
+    first = "" if text == vision else f" ({text})"
+    return f"heads: text and fusion {sizes.heads}{first}, vision {sizes.vision_heads} ({vision})"
+
+
+def _tokenizer(path: Path, asked: str, vocab_size: int) -> tuple[Tokenizer | None, str, str]:
+    """The tokenizer to copy, where it lies in a folder; its name for the config (empty: the copy); a line about it.
+
+    Raises:
+        ConversionError: it has more tokens than the model.
+    """
     folder = Path(asked).expanduser() if asked else own_tokenizer(path)
     if folder and folder.is_dir():
-        return load_tokenizer(folder), ""
-    return None, asked or DEFAULT_TOKENIZER
+        found = load_tokenizer(folder)
+        check_tokenizer(found, vocab_size)
+        return found, "", f"tokenizer: copied from {folder}"
+    if asked:
+        with contextlib.suppress(FileNotFoundError):  # without a connection it is taken as it is
+            check_tokenizer(load_tokenizer(asked), vocab_size)
+        return None, asked, f"tokenizer: {asked}"
+    line = f"tokenizer: {DEFAULT_TOKENIZER} (--tokenizer)"
+    if vocab_size < DEFAULT_VOCABULARY:
+        line += f"; it cannot be this one, whose {DEFAULT_VOCABULARY} tokens are more than the model's {vocab_size}"
+    return None, DEFAULT_TOKENIZER, line

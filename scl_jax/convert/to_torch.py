@@ -10,8 +10,8 @@ from pathlib import Path
 
 from scl_jax.config import config_of_run
 from scl_jax.convert.checkpoints import beside, check_target, checksum, read_parameters
-from scl_jax.convert.inputs import inputs_of
-from scl_jax.convert.rules import flax_to_torch
+from scl_jax.convert.inputs import check_tokenizer, inputs_of
+from scl_jax.convert.rules import ConversionError, flax_to_torch
 from scl_jax.convert.summary import Summary
 from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.convert.torch_files import write_safetensors
@@ -58,7 +58,8 @@ def to_torch(
 
     Args:
         step: of the checkpoint; None: the newest.
-        tokenizer: a folder or hub name; empty: the run's.
+        tokenizer: a folder or hub name; empty: the run's, which is left out, with a line, where it cannot be found or
+            has more tokens than the model.
 
     Raises:
         ConversionError, FileNotFoundError, FileExistsError, OSError: nothing is written.
@@ -92,11 +93,14 @@ def to_torch(
         settings = {"model_type": "scl", **sizes.to_dict(), "inputs": dataclasses.asdict(inputs_of(config))}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         try:
-            (load_tokenizer(name) if tokenizer else load_run_tokenizer(run, name)).save(folder)
-        except FileNotFoundError as error:
+            found = load_tokenizer(name) if tokenizer else load_run_tokenizer(run, name)
+            check_tokenizer(found, sizes.vocab_size)
+            found.save(folder)
+        except (FileNotFoundError, ConversionError) as error:
             if tokenizer:
                 raise
-            note = f" The tokenizer is not included: it is {name}."
+            if isinstance(error, FileNotFoundError):
+                note = f" The tokenizer is not included: it is {name}."
             say(f"tokenizer: left out ({error}); --tokenizer=FOLDER adds one")
         card = CARD.format(
             name=target.name, step=step, sizes=sizes, heads=", ".join(sizes.with_heads), millions=count / 1e6,

@@ -84,7 +84,8 @@ class SCLConfig:
         }
         for name, axes in needed.items():
             if name not in shapes:
-                raise ValueError(f"not a full SCL model: {name!r} is missing among {len(shapes)} tensors")
+                found = ", ".join(repr(str(other)[:80]) for other in list(shapes)[:3])
+                raise ValueError(f"not a full SCL model: {name!r} is missing among {len(shapes)} tensors ({found}, …)")
             if len(shapes[name]) != axes or 0 in shapes[name]:
                 raise ValueError(f"{name} has the shape {tuple(shapes[name])}; {axes} axes were expected, none empty")
 

@@ -24,7 +24,14 @@ from scl_jax import build
 from scl_jax.config import config_of_run
 from scl_jax.convert.adapt import fit
 from scl_jax.convert.checkpoints import is_run, read_parameters
-from scl_jax.convert.inputs import DEFAULT_TOKENIZER, classes_file, config_of, inputs_of, own_tokenizer
+from scl_jax.convert.inputs import (
+    DEFAULT_TOKENIZER,
+    check_tokenizer,
+    classes_file,
+    config_of,
+    inputs_of,
+    own_tokenizer,
+)
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.sources import locate
 from scl_jax.convert.to_flax import read_torch
@@ -66,7 +73,8 @@ def read_weights(
 
     Raises:
         FileNotFoundError: there is no such source, step or tokenizer.
-        ConversionError, TorchFileError: weights that cannot be used, with every key concerned.
+        ConversionError, TorchFileError: weights that cannot be used, with every key concerned, or a tokenizer with more
+            tokens than they have.
     """
     path = locate(source)
     if path.is_dir() and is_run(path):
@@ -85,12 +93,14 @@ def read_weights(
     make = with_heads(build.model_config(config), shapes)
     expected = {k: tuple(v.shape) for k, v in parameters.flatten(parameters.abstract(make)[1]).items()}
     fitted, _ = fit(flat, expected)
+    found = load_tokenizer(tokenizer) if tokenizer else load_run_tokenizer(path, named)
+    check_tokenizer(found, config.model.text.vocab_size)
     return Weights(
         name=source,
         make=make,
         flat=fitted,
         heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
-        tokenizer=load_tokenizer(tokenizer) if tokenizer else load_run_tokenizer(path, named),
+        tokenizer=found,
         **dataclasses.asdict(inputs_of(config)),
         answers=_answers(path),
     )

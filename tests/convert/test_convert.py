@@ -20,17 +20,19 @@ from scl_jax.convert.__main__ import main
 from scl_jax.convert.checkpoints import read_parameters, write_parameters
 from scl_jax.convert.full_model import read_model
 from scl_jax.convert.rules import ConversionError
-from scl_jax.data.tokens import train_tokenizer
 
 HEADS = ["--heads=4", "--vision_heads=4"]
 PRETRAINING_HEADS = ("cl_temp", "itm_score", "mlm_score", "vision_proj", "language_proj")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["a red circle", "a red square", "two red circles"], folder, 270)
-    return f"--tokenizer={folder}"
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded models know 200 tokens, fewer than any byte-level tokenizer has: these folders go without."""
+
+    def unreachable(name: str) -> Path:
+        raise FileNotFoundError(f"{name}: no connection")
+
+    monkeypatch.setattr("scl_jax.data.tokens._from_hub", unreachable)
 
 
 def weights_of(tag: str, task: str = "pretraining") -> dict[str, np.ndarray]:
@@ -53,11 +55,11 @@ def weights_of(tag: str, task: str = "pretraining") -> dict[str, np.ndarray]:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("task", ["pretraining", "vqa", "nlvr2", "entailment", "retrieval"])
-def test_torch_orbax_torch_orbax_is_bit_identical(tag: str, task: str, tmp_path: Path, tokenizer: str) -> None:
+def test_torch_orbax_torch_orbax_is_bit_identical(tag: str, task: str, tmp_path: Path) -> None:
     weights = weights_of(tag, task)
     save_file(weights, tmp_path / "in.safetensors")
     main([str(tmp_path / "in.safetensors"), str(tmp_path / "orbax"), *HEADS])
-    main([str(tmp_path / "orbax"), str(tmp_path / "torch"), tokenizer])
+    main([str(tmp_path / "orbax"), str(tmp_path / "torch")])
     main([str(tmp_path / "torch"), str(tmp_path / "again")])  # the folder knows its heads
     exported = load_file(tmp_path / "torch/model.safetensors")
     for name in set(weights) & set(exported):
@@ -68,9 +70,8 @@ def test_torch_orbax_torch_orbax_is_bit_identical(tag: str, task: str, tmp_path:
     before, after = read_parameters(tmp_path / "orbax")[0], read_parameters(tmp_path / "again")[0]
     assert checkpoints.checksum(before) == checkpoints.checksum(after)
     assert {path: x.tobytes() for path, x in before.items()} == {path: x.tobytes() for path, x in after.items()}
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
-        file.name for file in (tmp_path / "torch").iterdir()
-    }
+    written = sorted(file.name for file in (tmp_path / "torch").iterdir())
+    assert written == ["README.md", "config.json", "model.safetensors"]
     torch_model.SCL.from_folder(tmp_path / "torch")  # strict
 
 
@@ -102,7 +103,29 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert "resized: vision.position_embedding: 17 → 37 rows (resize_position_rows)" in printed
     assert "MAE decoder, unused by SCL" in printed
     assert "initialised: vision.mask_embedding: drawn at random" in printed
+    assert "heads: text and fusion 4, vision 4 (as asked)" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_assumed_of_a_bare_file_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "out"), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "heads: text and fusion 1, vision 1 (width / 64; --heads, --vision_heads)" in printed
+    assert "tokenizer: roberta-base (--tokenizer); it cannot be this one, whose 50265 tokens" in printed
+    main([str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "out"), "--dry_run", "--heads=4"])
+    assert "text and fusion 4 (as asked), vision 1 (width / 64;" in capsys.readouterr().out
+
+
+def test_names_of_data_parallel_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = weights_of("tiny_image")
+    save_file(weights, tmp_path / "plain.safetensors")
+    save_file({f"module.{name}": x for name, x in weights.items()}, tmp_path / "parallel.safetensors")
+    for name in ("plain", "parallel"):
+        main([str(tmp_path / f"{name}.safetensors"), str(tmp_path / "out"), "--dry_run", *HEADS])
+    sums = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checksum")]
+    assert len(sums) == 2 and sums[0] == sums[1]
+    save_file({f"student.{name}": x for name, x in weights.items()}, tmp_path / "other.safetensors")
+    assert "'student." in fails([str(tmp_path / "other.safetensors"), str(tmp_path / "out")], tmp_path)
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -213,7 +236,7 @@ def test_a_run_without_checkpoint_config_or_step_is_named(tmp_path: Path) -> Non
     assert "config.json is missing" in fails([str(tmp_path / "run"), str(tmp_path / "o")], tmp_path)
 
 
-def test_names_go_to_and_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str) -> None:
+def test_names_go_to_and_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     hub = tmp_path / "hub"
@@ -232,8 +255,8 @@ def test_names_go_to_and_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(hub / name))
     main([str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "run"), *HEADS])
-    main([str(tmp_path / "run"), "hub:me/model", tokenizer])
-    assert "exists on the hub" in fails([str(tmp_path / "run"), "hub:me/model", tokenizer], tmp_path)
+    main([str(tmp_path / "run"), "hub:me/model"])
+    assert "exists on the hub" in fails([str(tmp_path / "run"), "hub:me/model"], tmp_path)
     main(["hub:me/model", str(tmp_path / "again")])
     before, after = (checkpoints.checksum(read_parameters(tmp_path / name)[0]) for name in ("run", "again"))
     assert before == after

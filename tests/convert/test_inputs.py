@@ -16,6 +16,7 @@ import scl_jax
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.to_flax import to_flax
 from scl_jax.convert.to_torch import to_torch
+from scl_jax.data.tokens import train_tokenizer
 from scl_jax.inference.weights import Weights, read_weights
 
 LONG = "a red star is left of a blue ring " * 6
@@ -110,17 +111,63 @@ def test_a_converted_folder_has_its_own_tokenizer(folders: dict[str, Path], tmp_
 
 
 def test_a_tokenizer_folder_that_is_asked_for_is_copied_and_a_hub_name_is_kept(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unreachable(name: str) -> Path:
+        raise FileNotFoundError(f"{name}: no connection")
+
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(folders["exported"] / "model.safetensors", bare)
     convert = functools.partial(to_flax, bare / "model.safetensors", heads=2, vision_heads=2, say=quiet)
     convert(tmp_path / "a", tokenizer=str(folders["exported"]))
     assert (tmp_path / "a" / "tokenizer" / "tokenizer.json").exists()
+    monkeypatch.setattr("scl_jax.data.tokens._from_hub", unreachable)
     convert(tmp_path / "b", tokenizer="me/words")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["data"]["tokenizer"] == "me/words"
     (bare / "tokenizer.json").write_text("{}")  # beside the weights, and broken
     with pytest.raises(ValueError, match="tokenizer"):
         convert(tmp_path / "c")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "bare"]
+
+
+@pytest.fixture(scope="module")
+def too_many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of more tokens than the tiny model has, which are 330."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = [f"{first}{second}{third}" for first in "abcdefg" for second in "hijklmn" for third in "opqrstu"] * 2
+    assert train_tokenizer(lines, folder, 400).vocab_size > 330
+    return str(folder)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(
+    folders: dict[str, Path], too_many: str, tmp_path: Path
+) -> None:
+    message = rf"the tokenizer {too_many} has \d+ tokens, but the model knows 330: give the one"
+    for folder in folders.values():
+        with pytest.raises(ConversionError, match=message):
+            read_weights(str(folder), tokenizer=too_many)
+    for dry_run in (True, False):
+        with pytest.raises(ConversionError, match=message):
+            to_flax(folders["exported"], tmp_path / "out", tokenizer=too_many, dry_run=dry_run, say=quiet)
+    with pytest.raises(ConversionError, match=message):
+        to_torch(folders["run"], tmp_path / "out", tokenizer=too_many, say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_own_tokenizer_does_not_fit_is_exported_without(
+    folders: dict[str, Path], too_many: str, tmp_path: Path
+) -> None:
+    shutil.copytree(folders["run"], tmp_path / "run")
+    shutil.copytree(too_many, tmp_path / "run" / "tokenizer", dirs_exist_ok=True)
+    lines: list[str] = []
+    to_torch(tmp_path / "run", tmp_path / "out", say=lines.append)
+    assert any("tokenizer: left out" in line for line in lines)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_heads_of_an_exported_folder_are_said_to_be_its_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    lines: list[str] = []
+    to_flax(folders["exported"], tmp_path / "out", dry_run=True, say=lines.append)
+    assert "heads: text and fusion 2, vision 2 (config.json)" in lines
+    assert f"tokenizer: copied from {folders['exported']}" in lines

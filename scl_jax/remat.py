@@ -1,8 +1,8 @@
 """Which activations a training step keeps: `model.remat=auto` takes what computes least again and fits the memory.
 
-The policies are tried in their order. One whose activations alone are beyond the memory, by the traced program, is
-passed over in seconds; of the others the step is compiled, and the compiler's plan decides. The compilation cache keeps
-the program for the run.
+The policies are tried in their order. One whose activations alone are beyond the memory, by the traced programs, is
+passed over in seconds; of the others the step of every stream is compiled, up to the first that does not fit, and the
+compiler's plan decides. The compilation cache keeps the programs for the run.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ GIB = 2**30
 POLICIES = ("none", "dots", "full")  # each computes more again than the one before, and needs less memory
 ROOM = 0.9  # share of the memory that a step may plan: the next batch, evaluation and gaps need some, too
 # What a plan holds beside the state is at least so many times the activations as written, by platform. Of the full-size
-# step with "none" it was 0.87 (images) and 0.91 (clips) for an H100, 1.7 for a v5p (images, layers in a loop).
+# step with "none" it was 0.87 (images) and 0.91 (clips) for an H100, 1.3 for a v5p (images).
 LEAST = {"tpu": 1.0}
 LEAST_ELSEWHERE = 2 / 3
 

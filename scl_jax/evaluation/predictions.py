@@ -7,7 +7,7 @@
 
 Check a file for EvalAI against the questions of the split as they are published:
 
-    python -m scl_jax.evaluation.predictions runs/vqa/predictions/vqa_images_test_dev.json \
+    python -m scl_jax.evaluation.predictions runs/vqa/predictions/vqa_images_test_dev.json \\
         --questions=v2_OpenEnded_mscoco_test-dev2015_questions.json
 """
 

@@ -1,4 +1,4 @@
-"""Predictions as the owners of the data sets take them, and a check before they are handed in.
+r"""Predictions as the owners of the data sets take them, and a check before they are handed in.
 
     vqa          JSON for EvalAI: [{"question_id": 1, "answer": "yes"}, …]
     nlvr2        CSV without a heading: test1-0-0-0,True
@@ -7,7 +7,7 @@
 
 Check a file for EvalAI against the questions of the split as they are published:
 
-    python -m scl_jax.evaluation.predictions runs/vqa/predictions/vqa_images_test_dev.json \\
+    python -m scl_jax.evaluation.predictions runs/vqa/predictions/vqa_images_test_dev.json \
         --questions=v2_OpenEnded_mscoco_test-dev2015_questions.json
 """
 

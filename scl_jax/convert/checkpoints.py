@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from scl_jax.models import parameters
-from scl_jax.training.checkpoint import Checkpoints
+from scl_jax.training.checkpoint import Checkpoints, steps_in
 from scl_jax.training.state import TrainState
 
 _HEADROOM = 1.1  # disk space wanted, as a multiple of the weights
@@ -23,7 +23,7 @@ _HEADROOM = 1.1  # disk space wanted, as a multiple of the weights
 
 def is_run(path: Path) -> bool:
     """Does the folder hold checkpoints of this library?"""
-    return any(path.glob("checkpoints/[0-9]*"))
+    return bool(steps_in(path / "checkpoints"))
 
 
 def write_parameters(folder: Path, flat: Mapping[str, np.ndarray]) -> None:

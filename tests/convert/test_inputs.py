@@ -13,6 +13,7 @@ import pytest
 from tiny_model import scenes
 
 import scl_jax
+from scl_jax.convert.checkpoints import is_run
 from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.to_flax import to_flax
 from scl_jax.convert.to_torch import to_torch
@@ -171,3 +172,10 @@ def test_heads_of_an_exported_folder_are_said_to_be_its_own(folders: dict[str, P
     to_flax(folders["exported"], tmp_path / "out", dry_run=True, say=lines.append)
     assert "heads: text and fusion 2, vision 2 (config.json)" in lines
     assert f"tokenizer: copied from {folders['exported']}" in lines
+
+
+def test_a_save_that_was_cut_short_makes_no_run(tmp_path):
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not is_run(tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    assert is_run(tmp_path)

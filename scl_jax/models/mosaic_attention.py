@@ -131,13 +131,13 @@ class Call:
 
     def __call__(self, kernel: Any, name: str, products: int, ins, outs, lengths, words, scratch=()) -> Any:
         """Runs a kernel; `ins` and `outs` are (array or its like, block), `products` those of size Q · K · d a head."""
-        of_scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+        of_scalars = [pl.BlockSpec(memory_space=pltpu.SMEM)] * 3  # of one axis each: rows of two would be padded
         size = self.batch * self.plan.heads * self.queries * self.keys
         moved = sum(x.size * x.dtype.itemsize for x, _ in [*ins, *outs])
         return pl.pallas_call(
             partial(kernel, call=self),
             grid=self.grid,
-            in_specs=[*(block for _, block in ins), of_scalars, of_scalars],
+            in_specs=[*(block for _, block in ins), *of_scalars],
             out_specs=[block for _, block in outs],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs],
             scratch_shapes=list(scratch),
@@ -147,7 +147,7 @@ class Call:
             ),
             interpret=self.plan.interpret,
             name=name,
-        )(*(x for x, _ in ins), lengths, words)
+        )(*(x for x, _ in ins), lengths, words[:, 0], words[:, 1])
 
 
 def block_lanes(width: int, head_width: int) -> int:
@@ -168,11 +168,11 @@ def block_rows(queries: int, keys: int) -> int:
 class Head:
     """The weights of one head of a block."""
 
-    def __init__(self, call: Call, number: int, lengths_ref: Any, words_ref: Any):
+    def __init__(self, call: Call, number: int, lengths: Any, words_0: Any, words_1: Any):
         row, blocks, block = (pl.program_id(axis) for axis in range(3))
         self.call = call
-        self.length = lengths_ref[row]
-        self.words = words_ref[row, 0], words_ref[row, 1]
+        self.length = lengths[row]
+        self.words = words_0[row], words_1[row]
         self.first_lane = number * call.head_width
         head = blocks * (call.lanes // call.head_width) + number
         self.first_place = (head * call.queries + block * call.rows) * call.keys
@@ -217,12 +217,12 @@ def times_transposed(left: Float[Array, "M L"], right: Float[Array, "N L"]) -> F
     return product(left, right, 1, 1)
 
 
-def forward_kernel(q_ref, k_ref, v_ref, lengths_ref, words_ref, y_ref, *, call: Call):
+def forward_kernel(q_ref, k_ref, v_ref, lengths, words_0, words_1, y_ref, *, call: Call):
     """A block of queries, head by head."""
     query, key, value = q_ref[0], k_ref[0], v_ref[0]
     y = jnp.zeros(query.shape, jnp.float32)
     for number in range(call.lanes // call.head_width):
-        head = Head(call, number, lengths_ref, words_ref)
+        head = Head(call, number, lengths, words_0, words_1)
         weights, z = head.weights(query, key)
         dropped = head.drop(weights, head.keep()).astype(value.dtype)
         y += head.own(product(dropped, value, 1, 0) / z)
@@ -230,7 +230,7 @@ def forward_kernel(q_ref, k_ref, v_ref, lengths_ref, words_ref, y_ref, *, call: 
 
 
 def backward_kernel(
-    q_ref, k_ref, v_ref, dy_ref, lengths_ref, words_ref, dq_ref, dk_ref, dv_ref, dk_sum, dv_sum, *, call: Call
+    q_ref, k_ref, v_ref, dy_ref, lengths, words_0, words_1, dq_ref, dk_ref, dv_ref, dk_sum, dv_sum, *, call: Call
 ):
     """∂q of a block of queries, and its part of ∂k and ∂v, which add up from block to block."""
     block = pl.program_id(2)
@@ -246,7 +246,7 @@ def backward_kernel(
     key, value = k_ref[0], v_ref[0]
     dq, dk, dv = (jnp.zeros((n, call.lanes), jnp.float32) for n in (call.rows, call.keys, call.keys))
     for number in range(call.lanes // call.head_width):
-        head = Head(call, number, lengths_ref, words_ref)
+        head = Head(call, number, lengths, words_0, words_1)
         weights, z = head.weights(query, key)
         weights, keep = weights / z, head.keep()
         of_weights = head.drop(times_transposed(head.own(dy), value), keep)

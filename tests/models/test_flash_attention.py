@@ -3,10 +3,12 @@
 On a GPU the compiled kernel is compared in tests/test_gpu.py.
 """
 
+import attention_case
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_case import run
 
 from scl_jax.models.attention import attend, plain_attention
 from scl_jax.models.flash_attention import flash_attention
@@ -18,21 +20,7 @@ KEY = jax.random.key(7)
 
 
 def inputs(queries: int, keys: int, batch: int = 3):
-    rng = np.random.default_rng(0)
-    shapes = [(batch, n, HEADS, WIDTH) for n in (queries, keys, keys, queries)]
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-
-
-def run(attention, arrays, mask, rate):
-    """Output and gradients."""
-    *qkv, weight = arrays
-
-    def loss(query, key, value):
-        y = attention(query, key, value, mask, rate)
-        return jnp.sum(y * weight), y
-
-    gradient, y = jax.grad(loss, (0, 1, 2), has_aux=True)(*qkv)
-    return y, *gradient
+    return attention_case.inputs(queries, keys, HEADS, WIDTH, batch)
 
 
 def flash(query, key, value, mask, rate):

@@ -3,10 +3,12 @@
 The TPU compiler takes it in tests/test_compile_tpu.py; it was never run on a TPU.
 """
 
+import attention_case
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_case import run
 
 from scl_jax.models.attention import attend, plain_attention
 from scl_jax.models.mosaic_attention import MOST_KEYS, block_lanes, block_rows, mosaic_attention
@@ -17,21 +19,7 @@ KEY = jax.random.key(7)
 
 
 def inputs(queries: int, keys: int, heads: int = 4, width: int = 64, batch: int = 3):
-    rng = np.random.default_rng(0)
-    shapes = [(batch, n, heads, width) for n in (queries, keys, keys, queries)]
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-
-
-def run(attention, arrays, mask, rate):
-    """Output and gradients."""
-    *qkv, weight = arrays
-
-    def loss(query, key, value):
-        y = attention(query, key, value, mask, rate)
-        return jnp.sum(y * weight), y
-
-    gradient, y = jax.grad(loss, (0, 1, 2), has_aux=True)(*qkv)
-    return y, *gradient
+    return attention_case.inputs(queries, keys, heads, width, batch)
 
 
 def mosaic(query, key, value, mask, rate):

@@ -37,8 +37,8 @@ from scl_jax.types import Batch
 
 def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfig:
     """Sizes and types of the network."""
-    m = config.model
-    shared = {"remat": remat(config), "unroll": unroll(config), "attention": attention(config)}
+    m = for_platform(config, jax.default_backend()).model
+    shared = {"remat": remat(config), "unroll": m.unroll, "attention": m.attention}
     rates = {"dropout": m.dropout, "attention_dropout": m.attention_dropout}
     return SCLConfig(
         vision=VisionConfig(**m.vision, **shared),
@@ -46,7 +46,7 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
         fusion=FusionConfig(**m.fusion, **shared, **rates, token_types=3 if config.task == "nlvr2" else 2),
         projection_width=m.projection_width,
         initial_temperature=m.initial_temperature,
-        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range, attention(config) == "fused"),
+        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range, m.attention == "fused"),
         heads=HEADS[config.task],
         answers=m.answers,
     )
@@ -60,11 +60,6 @@ def attention(config: ConfigDict) -> str:
 def remat(config: ConfigDict) -> str:
     """What the layers compute again in the backward pass; "auto" is resolved by `remat.py` where there is one."""
     return "none" if config.model.remat == "auto" else config.model.remat
-
-
-def unroll(config: ConfigDict) -> int:
-    """Layers a turn of the loops over layers; 0 takes what suits the platform."""
-    return for_platform(config, jax.default_backend()).model.unroll
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:

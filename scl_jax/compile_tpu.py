@@ -33,7 +33,6 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from scl_jax import build
-from scl_jax.benchmark.profile import scope_of
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.config_flag import CONFIG as _CONFIG
@@ -44,6 +43,7 @@ from scl_jax.training import sharding
 from scl_jax.training.flops import count_flops
 from scl_jax.training.hlo import Program
 from scl_jax.training.memory import planned_bytes
+from scl_jax.training.scopes import scope_of
 
 GIB = 2**30
 ANSWERS = 3129  # of VQA v2

@@ -1,7 +1,7 @@
 """Tables of what fits where: `python -m scl_jax.scaling_table --plan=sizes,weak` compiles and writes docs/scaling.md.
 
-Every step of a plan is compiled in a process of its own by `scl_jax.compile_tpu` (9 minutes of a core and more, up to
-11 GiB of memory); what is already in the records is not compiled again, so that a sweep can be interrupted. Without
+Every step of a plan is compiled in a process of its own by `scl_jax.compile_tpu` (8 minutes of a core and more, up to
+14 GiB of memory); what is already in the records is not compiled again, so that a sweep can be interrupted. Without
 --plan the tables are only written anew.
 """
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from scl_jax.models.attention_by_head import WORTHWHILE, attention_by_head
 from scl_jax.models.dropout import dropout
 from scl_jax.models.flash_attention import HEAD_WIDTHS, flash_attention
-from scl_jax.models.layers import Precision, add_bias, product
+from scl_jax.models.layers import Precision, add_bias, key_lengths, product
 from scl_jax.models.mosaic_attention import MOST_KEYS, mosaic_attention
 from scl_jax.partition import tensor_parallel
 
@@ -147,10 +147,8 @@ def cudnn_attention(
     Masks go as lengths, not as a bias of size Q · K. A row without any real key, which is padding of the batch, reads
     its first key instead of nothing, so that no NaN arises.
     """
-    b, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-    lengths = (
-        jnp.full(b, keys, jnp.int32) if key_mask is None else jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
-    )
+    b, queries = query.shape[:2]
+    lengths = key_lengths(key, key_mask)
     query, key, value = (even_length(x) for x in (query, key, value))
     y = jax.nn.dot_product_attention(  # pyright: ignore[reportCallIssue]  (its overloads lack the lengths)
         query,

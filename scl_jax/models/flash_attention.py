@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from scl_jax.models.dropout import kept, sample_words
+from scl_jax.models.layers import key_lengths
 from scl_jax.partition import by_sample
 
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -58,13 +59,9 @@ def flash_attention(
 
     `key_mask`: real keys first, then padding. A row without any real key reads its first key.
     """
-    b, keys = key.shape[:2]
-    lengths = jnp.full(b, keys, jnp.int32)
-    if key_mask is not None:
-        lengths = jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
-    words = sample_words(dropout_key, b)
+    words = sample_words(dropout_key, key.shape[0])
     plan = Plan(dropout_rate if dropout_key is not None else 0.0, interpret=interpret)
-    return attention(plan, query, key, value, lengths, words)
+    return attention(plan, query, key, value, key_lengths(key, key_mask), words)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from scl_jax.models.dropout import dropout
 from scl_jax.models.layer_norm_kernel import layer_norm_gradients
@@ -248,3 +248,13 @@ class Residual(nnx.Module):
 def gather_tokens(x: Shaped[Array, "... N D"], index: Int[Array, "... S"]) -> Shaped[Array, "... S D"]:
     """Rows `index` (..., S) of `x`, sample by sample."""
     return jnp.take_along_axis(x, index[..., None], axis=-2)
+
+
+def key_lengths(key: Float[Array, "B K *H"], key_mask: Bool[Array, "B K"] | None) -> Int[Array, " B"]:
+    """How many keys of each sample count, for kernels: real keys come first, then padding.
+
+    At least one, so that a row without any, which is padding of the batch, reads its first key and gives no NaN.
+    """
+    if key_mask is None:
+        return jnp.full(key.shape[0], key.shape[1], jnp.int32)
+    return jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)

@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from scl_jax.models.dropout import drop, kept, sample_words
+from scl_jax.models.layers import key_lengths
 from scl_jax.partition import by_sample
 
 LANES = 128
@@ -60,13 +61,10 @@ def mosaic_attention(
 
     `key_mask`: real keys first, then padding. A row without any real key reads its first key.
     """
-    b, keys, heads, _ = key.shape
-    lengths = jnp.full(b, keys, jnp.int32)
-    if key_mask is not None:
-        lengths = jnp.maximum(key_mask.sum(axis=1, dtype=jnp.int32), 1)
-    plan = Plan(heads, dropout_rate if dropout_key is not None else 0.0, interpret)
+    plan = Plan(key.shape[2], dropout_rate if dropout_key is not None else 0.0, interpret)
+    lengths, words = key_lengths(key, key_mask), sample_words(dropout_key, key.shape[0])
     query_rows, key_rows, value_rows = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
-    y: Array = attention(plan, query_rows, key_rows, value_rows, lengths, sample_words(dropout_key, b))
+    y: Array = attention(plan, query_rows, key_rows, value_rows, lengths, words)
     return y.reshape(query.shape)
 
 

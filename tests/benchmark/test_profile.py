@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scl_jax.benchmark.profile import INNER, PARTS, scope_of, seconds_by_scope
+from scl_jax.benchmark.profile import seconds_by_scope
+from scl_jax.training.scopes import INNER, PARTS, scope_of
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from scl_jax.models.dropout import dropout
 from scl_jax.models.layer_norm_kernel import layer_norm_gradients
+
+PRODUCT = "product"  # the name of a product with weights, for what is kept for the backward pass: models/stack.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +70,48 @@ class Linear(nnx.Linear):
 @jax.custom_vjp
 def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"]) -> Float[Array, "R M"]:
     """`rows @ kernel`; on a CPU with a backward pass that its faster matrix products take."""
-    return rows @ kernel
+    return product_forward(rows, kernel)[0]
+
+
+def product_forward(rows, kernel):
+    """The product, and what the backward pass needs."""
+    return checkpoint_name(contract(rows, kernel, (1, 0)), PRODUCT), (rows, kernel)
 
 
 def product_backward(kept, gradient):
     """Gradients of rows and kernel."""
     rows, kernel = kept
     of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=columns_first, default=lambda x, y: x.T @ y)
-    return gradient @ kernel.T, of_kernel
+    return contract(gradient, kernel, (1, 1)), of_kernel
+
+
+def contract(x: Float[Array, "_ _"], y: Float[Array, "_ _"], axes: tuple[int, int]) -> Float[Array, "_ _"]:
+    """The product of two matrices over these axes of theirs, in their type.
+
+    On a CPU products of bfloat16 are asked for in float32: that is what XLA has fast ones for; others it widens before.
+    """
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    if x.dtype != jnp.bfloat16:
+        return jax.lax.dot_general(x, y, dimensions)
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        cpu=lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32).astype(x.dtype),
+        default=lambda x, y: jax.lax.dot_general(x, y, dimensions),
+    )
 
 
 def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"]) -> Float[Array, "D M"]:
-    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns."""
+    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns.
+
+    By way of a single axis, since XLA has no fast product of bfloat16 for an array that it knows to be transposed.
+    """
     if x.shape[1] > y.shape[1]:
         return columns_first(y, x).T
-    return jax.lax.optimization_barrier(x.T) @ y
+    return contract(jax.lax.optimization_barrier(x.T.reshape(-1)).reshape(x.shape[::-1]), y, (1, 0))
 
 
-product.defvjp(lambda rows, kernel: (rows @ kernel, (rows, kernel)), product_backward)
+product.defvjp(product_forward, product_backward)
 
 
 @jax.custom_vjp

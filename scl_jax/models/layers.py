@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,40 +76,52 @@ def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"]) -> Float[Arr
 
 def product_forward(rows, kernel):
     """The product, and what the backward pass needs."""
-    return checkpoint_name(contract(rows, kernel, (1, 0)), PRODUCT), (rows, kernel)
+    return checkpoint_name(contract(rows, kernel, 0), PRODUCT), (rows, kernel)
 
 
 def product_backward(kept, gradient):
     """Gradients of rows and kernel."""
     rows, kernel = kept
     of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=columns_first, default=lambda x, y: x.T @ y)
-    return contract(gradient, kernel, (1, 1)), of_kernel
+    return contract(gradient, kernel, 1), of_kernel
 
 
-def contract(x: Float[Array, "_ _"], y: Float[Array, "_ _"], axes: tuple[int, int]) -> Float[Array, "_ _"]:
-    """The product of two matrices over these axes of theirs, in their type.
+def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int) -> Float[Array, "R _"]:
+    """The product over the last axis of `x` and this one of `y`, in their type.
 
-    On a CPU products of bfloat16 are asked for in float32: that is what XLA has fast ones for; others it widens before.
+    XLA on a CPU widens bfloat16 before it multiplies, unless it is asked for float32 and nothing is transposed.
     """
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    if x.dtype != jnp.bfloat16:
-        return jax.lax.dot_general(x, y, dimensions)
+    if not has_units_for(x.dtype):
+        return x @ (y.T if axis else y)
+    product_of = partial(jax.lax.dot_general, dimension_numbers=(((1,), (axis,)), ((), ())))
     return jax.lax.platform_dependent(
         x,
         y,
-        cpu=lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32).astype(x.dtype),
-        default=lambda x, y: jax.lax.dot_general(x, y, dimensions),
+        cpu=lambda x, y: product_of(x, y, preferred_element_type=jnp.float32).astype(x.dtype),
+        default=product_of,
     )
 
 
 def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"]) -> Float[Array, "D M"]:
-    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns.
-
-    By way of a single axis, since XLA has no fast product of bfloat16 for an array that it knows to be transposed.
-    """
+    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns."""
     if x.shape[1] > y.shape[1]:
         return columns_first(y, x).T
-    return contract(jax.lax.optimization_barrier(x.T.reshape(-1)).reshape(x.shape[::-1]), y, (1, 0))
+    columns = x.T
+    if has_units_for(x.dtype):  # by way of a single axis, so that XLA does not see that it is transposed
+        columns = columns.reshape(-1)
+    return contract(jax.lax.optimization_barrier(columns).reshape(x.shape[::-1]), y, 0)
+
+
+def has_units_for(dtype: Any) -> bool:
+    """Whether it is bfloat16 and this machine's processor multiplies that; others are faster with float32."""
+    return dtype == jnp.bfloat16 and has_amx()
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this machine's processor has Intel's AMX for bfloat16."""
+    information = Path("/proc/cpuinfo")
+    return information.exists() and "amx_bf16" in information.read_text()
 
 
 product.defvjp(product_forward, product_backward)

@@ -66,8 +66,9 @@ def test_product(widths, dtype, rtol):
 
 
 @pytest.mark.parametrize("widths", [(96, 128), (128, 96)])
-def test_products_of_bfloat16_are_not_widened(widths):
-    """On a CPU XLA multiplies float32 instead, four times as slow on one with such units, unless it is asked well."""
+def test_products_of_bfloat16_are_not_widened(widths, monkeypatch):
+    """On a CPU with units for them, where XLA multiplies float32 instead, unless it is asked well."""
+    monkeypatch.setattr(layers, "has_amx", lambda: True)
 
     def both(rows, kernel, gradient):
         result, backward = jax.vjp(lambda x, w: layers.product(x, w.astype(x.dtype)), rows, kernel)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scl_jax.models.fusion import FusionConfig
-from scl_jax.models.layers import Precision
+from scl_jax.models.layers import Precision, has_amx
 from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
@@ -46,7 +46,13 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
         fusion=FusionConfig(**m.fusion, **shared, **rates, token_types=3 if config.task == "nlvr2" else 2),
         projection_width=m.projection_width,
         initial_temperature=m.initial_temperature,
-        precision=Precision(jnp.dtype(m.dtype), param_dtype, m.initializer_range, m.attention == "fused"),
+        precision=Precision(
+            jnp.dtype(m.dtype),
+            param_dtype,
+            m.initializer_range,
+            kernels=m.attention == "fused",
+            amx=m.attention == "by_head" and m.dtype == "bfloat16" and has_amx(),
+        ),
         heads=HEADS[config.task],
         answers=m.answers,
     )

@@ -15,13 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from scl_jax.models.dropout import dropout
 from scl_jax.models.layer_norm_kernel import layer_norm_gradients
-
-PRODUCT = "product"  # the name of a product with weights, for what is kept for the backward pass: models/stack.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Precision:
     param_dtype: Any = jnp.float32
     initializer_range: float = 0.02
     kernels: bool = False  # of our own, for GPUs: models/layer_norm_kernel.py
+    amx: bool = False  # bfloat16 is multiplied by units of the CPU; without them it is faster in float32
 
     @property
     def bert_init(self) -> Callable:
@@ -42,6 +40,7 @@ class Precision:
         return Linear(
             d_in,
             d_out,
+            self.amx,
             use_bias=use_bias,
             kernel_init=init,
             dtype=self.dtype,
@@ -59,72 +58,60 @@ class Linear(nnx.Linear):
     XLA on a CPU transposes whole activations for the gradient of a kernel where these have several axes.
     """
 
+    def __init__(self, d_in: int, d_out: int, amx: bool, **others: Any):
+        super().__init__(d_in, d_out, **others)
+        self.amx = amx
+
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... M"]:
         dtype: Any = self.dtype
         rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-        y = product(rows, self.kernel[...].astype(dtype))
+        y: Any = product(rows, self.kernel[...].astype(dtype), self.amx)
         if self.bias is not None:
             y = add_bias(y, self.bias[...])
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
-@jax.custom_vjp
-def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"]) -> Float[Array, "R M"]:
-    """`rows @ kernel`; on a CPU with a backward pass that its faster matrix products take."""
-    return product_forward(rows, kernel)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"], amx: bool = False) -> Float[Array, "R M"]:
+    """`rows @ kernel`; on a CPU with a backward pass that its faster matrix products take. `amx`: see `Precision`."""
+    return contract(rows, kernel, 0, amx)
 
 
-def product_forward(rows, kernel):
-    """The product, and what the backward pass needs."""
-    return checkpoint_name(contract(rows, kernel, 0), PRODUCT), (rows, kernel)
-
-
-def product_backward(kept, gradient):
+def product_backward(amx: bool, kept, gradient):
     """Gradients of rows and kernel."""
     rows, kernel = kept
-    of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=columns_first, default=lambda x, y: x.T @ y)
-    return contract(gradient, kernel, 1), of_kernel
+    on_cpu = partial(columns_first, amx=amx)
+    of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=on_cpu, default=lambda x, y: x.T @ y)
+    return contract(gradient, kernel, 1, amx), of_kernel
 
 
-def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int) -> Float[Array, "R _"]:
+product.defvjp(lambda rows, kernel, amx: (contract(rows, kernel, 0, amx), (rows, kernel)), product_backward)
+
+
+def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int, amx: bool) -> Float[Array, "R _"]:
     """The product over the last axis of `x` and this one of `y`, in their type.
 
-    XLA on a CPU widens bfloat16 before it multiplies, unless it is asked for float32 and nothing is transposed.
+    With `amx` written so that XLA does not widen bfloat16 first: asked for float32, and nothing is transposed.
     """
-    if not has_units_for(x.dtype):
+    if not amx:
         return x @ (y.T if axis else y)
-    product_of = partial(jax.lax.dot_general, dimension_numbers=(((1,), (axis,)), ((), ())))
-    return jax.lax.platform_dependent(
-        x,
-        y,
-        cpu=lambda x, y: product_of(x, y, preferred_element_type=jnp.float32).astype(x.dtype),
-        default=product_of,
-    )
+    dimensions = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"]) -> Float[Array, "D M"]:
+def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"], amx: bool) -> Float[Array, "D M"]:
     """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns."""
     if x.shape[1] > y.shape[1]:
-        return columns_first(y, x).T
-    columns = x.T
-    if has_units_for(x.dtype):  # by way of a single axis, so that XLA does not see that it is transposed
-        columns = columns.reshape(-1)
-    return contract(jax.lax.optimization_barrier(columns).reshape(x.shape[::-1]), y, 0)
-
-
-def has_units_for(dtype: Any) -> bool:
-    """Whether it is bfloat16 and this machine's processor multiplies that; others are faster with float32."""
-    return dtype == jnp.bfloat16 and has_amx()
+        return columns_first(y, x, amx).T
+    columns = x.T.reshape(-1) if amx else x.T  # of a single axis: XLA does not see that it is transposed
+    return contract(jnp.reshape(jax.lax.optimization_barrier(columns), x.shape[::-1]), y, 0, amx)
 
 
 @cache
 def has_amx() -> bool:
-    """Whether this machine's processor has Intel's AMX for bfloat16."""
+    """Whether this machine's processor has AMX, Intel's units for products of bfloat16."""
     information = Path("/proc/cpuinfo")
     return information.exists() and "amx_bf16" in information.read_text()
-
-
-product.defvjp(product_forward, product_backward)
 
 
 @jax.custom_vjp

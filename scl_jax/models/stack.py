@@ -12,15 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from scl_jax.models.layers import PRODUCT
 from scl_jax.partition import split_batch
 
-policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Any] = {
-    "dots": policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
-    ),
-    "full": policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

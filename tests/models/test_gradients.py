@@ -66,22 +66,19 @@ def test_product(widths, dtype, rtol):
 
 
 @pytest.mark.parametrize("widths", [(96, 128), (128, 96)])
-def test_products_of_bfloat16_are_not_widened(widths, monkeypatch):
-    """On a CPU with units for them, where XLA multiplies float32 instead, unless it is asked well."""
-    monkeypatch.setattr(layers, "has_amx", lambda: True)
+def test_products_for_amx_are_of_bfloat16(widths):
+    """Where XLA on a CPU would widen both factors, and multiply float32 several times as slowly."""
 
     def both(rows, kernel, gradient):
-        result, backward = jax.vjp(lambda x, w: layers.product(x, w.astype(x.dtype)), rows, kernel)
+        result, backward = jax.vjp(lambda x, w: layers.product(x, w.astype(x.dtype), amx=True), rows, kernel)
         return result, *backward(gradient)
 
-    rows, kernel, gradient = (
-        normal(*shape).astype(jnp.bfloat16) for shape in ((200, widths[0]), widths, (200, widths[1]))
-    )
+    shapes = ((200, widths[0]), widths, (200, widths[1]))
+    rows, kernel, gradient = (normal(*shape).astype(jnp.bfloat16) for shape in shapes)
     program = jax.jit(both).lower(rows, kernel.astype(jnp.float32), gradient).compile().as_text() or ""
     types = dict(re.findall(r"%?([\w.-]+) = (\w+)\[", program))
-    names = re.findall(r" dot\(%?([\w.-]+), %?([\w.-]+)\)", program)
-    assert len(names) == 3
-    assert {types[name] for pair in names for name in pair} == {"bf16"}
+    factors = [name for pair in re.findall(r" dot\(%?([\w.-]+), %?([\w.-]+)\)", program) for name in pair]
+    assert [types[name] for name in factors] == ["bf16"] * 6
     wide = both(*(x.astype(jnp.float32) for x in (rows, kernel, gradient)))
     for ours, expected in zip(jax.jit(both)(rows, kernel, gradient), wide, strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8, atol=2**-8)

@@ -33,6 +33,7 @@ from scl_jax.inference.model import Model, load
 
 FAISS_ABOVE = 1_000_000  # items
 CHUNK = 65_536  # items compared at once
+MARKS = ("manifest.json", "items.txt", "features.npy")  # in every index
 _THREADS = 4
 _FAISS_LISTS_SEARCHED = 32
 _FAISS_TRAINING = 200_000  # items that its clusters are learned from
@@ -75,14 +76,15 @@ def build(
         The manifest; its "broken" has a path and a reason each.
 
     Raises:
-        FileNotFoundError: there is nothing to index; FileExistsError: there is such an index.
-        ValueError: not one file could be read, or the checkpoint has no contrastive head.
+        FileNotFoundError: there is nothing to index; FileExistsError: there is such an index, or something else there.
+        ValueError: not one file could be read, the checkpoint has no contrastive head, or the index would take the
+            place of the folder or the checkpoint.
     """
     folder, index = Path(folder), Path(index)
     files = files_of(folder)
     broken: list[dict[str, str]] = []
     width = model.encode_texts("a").shape[1]
-    with beside(index, overwrite, len(files) * width * 4) as target:
+    with beside(index, overwrite, len(files) * width * 4, MARKS, [folder, model.name]) as target:
         names: list[str] = []
         with (target / "rows").open("wb") as rows:
             for batch, features in _encoded(model, files, broken):

@@ -84,7 +84,12 @@ def test_bad_input_is_said(index, tiny_model, folder, tmp_path, monkeypatch):
         build(tiny_model, tmp_path, tmp_path / "index")
     with pytest.raises(FileExistsError, match="--overwrite"):
         build(tiny_model, folder, index.folder)
+    for target in (folder, folder.parent):
+        with pytest.raises(ValueError, match="which is read"):
+            build(tiny_model, folder, target, overwrite=True)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(FileExistsError, match="choose another target"):
+        build(tiny_model, folder, tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="none of 1 files can be read"):
         build(tiny_model, tmp_path, tmp_path / "index")
     assert not (tmp_path / "index").exists()

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", help="a torch file or folder, a run, or a name on the hub (hub:owner/name)")
     p.add_argument("target", help="the folder to write; hub:owner/name uploads a PyTorch folder")
     p.add_argument("--dry_run", action="store_true", help="only print what would be done")
-    p.add_argument("--overwrite", action="store_true", help="replace a target that is there")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote before")
     p.add_argument("--tokenizer", default="", help="folder or hub name (default: the source's, or roberta-base)")
     p.add_argument("--step", type=int, help="to PyTorch: the checkpoint's step (default: the newest)")
     p.add_argument("--heads", type=int, default=0, help="of text and fusion attention (default: width / 64)")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import orbax.checkpoint as ocp
 from scl_jax.models import parameters
 from scl_jax.training.checkpoint import Checkpoints, steps_in
 from scl_jax.training.state import TrainState
+from scl_jax.training.workdir import LOCK
 
+CONVERTED = ("config.json", "checkpoints")  # in every folder that holds parameters alone
+RUN_FILES = ("metrics.jsonl", LOCK)  # what only training leaves beside them
 _HEADROOM = 1.1  # disk space wanted, as a multiple of the weights
 
 
@@ -67,24 +70,47 @@ def checksum(flat: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raises FileExistsError for a target that is there, unless it may be overwritten."""
-    if target.exists() and not overwrite:
+def check_target(target: Path, overwrite: bool, marks: Sequence[str], sources: Sequence[Path | str]) -> None:
+    """Whether a folder may be written, and what is there replaced: an empty folder, or one that holds `marks`.
+
+    Args:
+        marks: the names in every folder that the caller writes; others, and runs of training, are never replaced.
+        sources: what is read, files or folders (or names on the hub): none may lie in the target.
+
+    Raises:
+        FileExistsError: there is a target, and it may not be overwritten.
+        ValueError: the target holds a source, which would be lost.
+    """
+    place = target.resolve()
+    for source in sources:
+        origin = Path(os.path.expanduser(source)).resolve()
+        if place == origin or place in origin.parents:
+            raise ValueError(f"{target} is or holds {source}, which is read: choose another target")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if any((target / name).exists() for name in RUN_FILES) or not all((target / name).exists() for name in marks):
+        raise FileExistsError(
+            f"{target} exists, and is no folder of {' and '.join(marks)} that could be replaced: choose another target"
+        )
+    if not overwrite:
         raise FileExistsError(f"{target} exists: choose another target, or give --overwrite")
 
 
 @contextlib.contextmanager
-def beside(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
+def beside(
+    target: Path, overwrite: bool, size: int, marks: Sequence[str], sources: Sequence[Path | str]
+) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its place at the end; nothing is left behind after an error.
 
     Args:
         size: bytes that will be written, about.
+        marks, sources: see `check_target`.
 
     Raises:
-        FileExistsError: there is a target, and it may not be overwritten.
+        FileExistsError, ValueError: there is a target that may not be replaced.
         OSError: not enough space, or the writing failed.
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, marks, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < size * _HEADROOM:

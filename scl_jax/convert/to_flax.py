@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scl_jax.convert.adapt import fit
-from scl_jax.convert.checkpoints import beside, check_target, checksum, write_parameters
+from scl_jax.convert.checkpoints import CONVERTED, beside, check_target, checksum, write_parameters
 from scl_jax.convert.full_model import model_shapes, read_model
 from scl_jax.convert.inputs import (
     DEFAULT_TOKENIZER,
@@ -76,8 +76,9 @@ def to_flax(
         ConversionError, TorchFileError, FileExistsError, OSError, ValueError: with the key or file concerned; nothing
             is written.
     """
+    sources = [path, *filter(None, [tokenizer])]
     if not dry_run:
-        check_target(target, overwrite)
+        check_target(target, overwrite, CONVERTED, sources)
     flat, sizes, report = read_torch(path, heads, vision_heads)
     sizes = dataclasses.replace(sizes, image_size=image_size or sizes.image_size, max_frames=frames or sizes.max_frames)
     flat, resized = fit(flat, model_shapes(sizes))
@@ -90,7 +91,7 @@ def to_flax(
         say(line)
     if not dry_run:
         config = config_of(path, sizes, named, image_size=image_size, frames=frames)
-        with beside(target, overwrite, sum(x.nbytes for x in flat.values())) as folder:
+        with beside(target, overwrite, sum(x.nbytes for x in flat.values()), CONVERTED, sources) as folder:
             write_parameters(folder, flat)
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
             if copied:

@@ -17,6 +17,7 @@ from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.convert.torch_files import write_safetensors
 from scl_jax.data.tokens import load_run_tokenizer, load_tokenizer
 
+EXPORTED = ("model.safetensors", "config.json", "README.md")  # in every folder that is written here
 CARD = """---
 license: other
 library_name: pytorch
@@ -64,8 +65,9 @@ def to_torch(
     Raises:
         ConversionError, FileNotFoundError, FileExistsError, OSError: nothing is written.
     """
+    sources = [run, *filter(None, [tokenizer])]
     if not dry_run:
-        check_target(target, overwrite)
+        check_target(target, overwrite, EXPORTED, sources)
     config = config_of_run(run)
     flat, step = read_parameters(run, step)
     tensors = flax_to_torch(flat)
@@ -86,7 +88,7 @@ def to_torch(
         return summary
     name = tokenizer or config.data.tokenizer or f"{config.data.dir}/tokenizer"
     note = ""
-    with beside(target, overwrite, sum(x.nbytes for x in tensors.values())) as folder:
+    with beside(target, overwrite, sum(x.nbytes for x in tensors.values()), EXPORTED, sources) as folder:
         write_safetensors(
             folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum}
         )

@@ -203,13 +203,29 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_an_existing_target_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine.txt").write_text("keep")
+    (tmp_path / "out").mkdir()  # empty: nothing is lost
     source = str(GOLDEN / "tiny_image.safetensors")
+    main([source, str(tmp_path / "out"), *HEADS])
+    (tmp_path / "out/checkpoints/mine.txt").write_text("old")
     assert "--overwrite" in fails([source, str(tmp_path / "out"), *HEADS], tmp_path)
     main([source, str(tmp_path / "out"), "--overwrite", *HEADS])
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["checkpoints", "config.json"]
+    assert not (tmp_path / "out/checkpoints/mine.txt").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_sources_runs_and_other_folders_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    source = tmp_path / "weights" / "model.safetensors"
+    shutil.copy(GOLDEN / "tiny_image.safetensors", source)
+    for target in (tmp_path / "weights", tmp_path, source):
+        assert "which is read" in fails([str(source), str(target), "--overwrite"], tmp_path)
+    main([str(source), str(tmp_path / "run"), *HEADS])
+    assert "which is read" in fails([str(tmp_path / "run"), str(tmp_path / "run"), "--overwrite"], tmp_path)
+    other = "choose another target"
+    assert other in fails([str(tmp_path / "run"), str(tmp_path / "weights"), "--overwrite"], tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").touch()  # training has gone on here
+    assert other in fails([str(source), str(tmp_path / "run"), "--overwrite", *HEADS], tmp_path)
 
 
 def test_no_disk_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

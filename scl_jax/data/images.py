@@ -167,6 +167,8 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow tells its upright size and turns it as it decodes
+        return 1
     try:
         orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged EXIF block does not make the picture unreadable

@@ -35,8 +35,9 @@ def test_lossy_formats_come_close(form):
     assert np.abs(decoded.astype(int) - np.asarray(gradient())).mean() < 4
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation, form):
     upright = gradient()
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,7 +51,7 @@ def test_exif_orientation_is_applied(orientation):
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(stored, "JPEG", quality=95, exif=exif)
+    data = encode(stored, form, quality=95, exif=exif)
     decoded = images.decode_image(data)
     assert decoded.shape == (30, 40, 3)
     assert np.abs(decoded.astype(int) - np.asarray(upright)).mean() < 4

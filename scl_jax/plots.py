@@ -27,6 +27,7 @@ PALETTE = ("#3366cc", "#e0802b", "#2a9d8f", "#b8487c", "#7b5fc0", "#8c6d31")
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "text.color": INK,
+    "text.parse_math": False,  # captions are anyone's: "$5 off" is no formula
     "axes.edgecolor": FAINT,
     "axes.labelcolor": GREY,
     "axes.spines.top": False,

@@ -104,17 +104,19 @@ def said(metrics: Mapping[str, float]) -> list[str]:
 def leave(
     workdir: Path, config: ConfigDict, split: str, sets: Mapping[str, Any], findings: Mapping[str, Any]
 ) -> list[Path]:
-    """Draws the pictures, writes the predictions, and returns the files of predictions."""
-    metrics = workdir / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
-        plots.loss_curves(metrics, workdir / "loss_curves.png")
+    """Writes the predictions, draws the pictures, and returns the files of predictions."""
     files = []
     for stream, found in findings.items():
         stem = workdir / "predictions" / f"{config.task}_{stream}_{split}"
         if config.task in CLASSIFIERS:
             write, suffix = WRITERS[config.task]
             files.append(write(found, stem.with_suffix(f".{suffix}")))
-            continue
+        elif config.task == "retrieval":
+            files.append(write_rankings(found, sets[stream], stem.with_suffix(".jsonl")))
+    metrics = workdir / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        plots.loss_curves(metrics, workdir / "loss_curves.png")
+    for stream, found in findings.items() if config.task not in CLASSIFIERS else ():
         examples = sets[stream]
         plots.retrieval_sheet(
             found,
@@ -124,6 +126,4 @@ def leave(
             workdir / f"retrieval_{stream}.png",
             kind="image" if stream == "images" else "video",
         )
-        if config.task == "retrieval":
-            files.append(write_rankings(found, examples, stem.with_suffix(".jsonl")))
     return files

@@ -53,6 +53,7 @@ def test_retrieval_sheet_frames_the_right_answer_in_green(tmp_path, frames, kind
     grey = np.full((frames, 20, 30, 3), 128, np.uint8)  # wider than tall
     ranking = rank(features, features, text_items, item=kind)
     captions = ["a caption so long that it must be folded over several lines to fit beside the pictures"] * 5
+    captions[0] = "sale: $5 off 50% or $10"  # no formula
     path = retrieval_sheet(ranking, captions, text_items, lambda item: grey, tmp_path / "s.png", queries=3, kind=kind)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     green = (abs(picture - [26, 152, 80]) < 20).all(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +57,13 @@ def test_a_clip_has_a_row_a_word(tmp_path):
     strip = Image.open(attention_sheet(attention_of(4), tmp_path / "strip.png"))
     one = Image.open(attention_sheet(attention_of(4), tmp_path / "one.png", words=["ring"]))
     assert strip.height > 1.5 * one.height and strip.width == one.width
+
+
+def test_dollar_signs_are_no_formula(tmp_path):
+    text = r"is $\frac$, an a"
+    attention = dataclasses.replace(attention_of(1), text=text, offsets=attention_of(1).offsets.clip(max=len(text)))
+    assert any("$" in word for word in attention.words)
+    assert attention_sheet(attention, tmp_path / "map.png").exists()
 
 
 def test_pdf_is_written_and_other_endings_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.data.tokens import Tokenizer
 
 DEFAULT_TOKENIZER, DEFAULT_VOCABULARY = "roberta-base", 50265  # and its tokens
+MODEL_TYPE = "scl"  # in the config.json of an exported folder
 _VIDEO_FRAMES = 4  # of METHOD section 4, for weights that come without a note
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -55,7 +56,7 @@ def config_of(
     """The default config with the model's sizes and inputs: what a run needs to take these PyTorch weights up.
 
     Args:
-        path: the file or folder of the weights, whose config.json may note the inputs.
+        path: the folder of the weights, or a file in it; the folder's config.json may note the inputs.
         sizes: of the model, after all resizing.
         image_size, frames: of images and of clips, whatever is noted; 0: as noted, else as many as the tables hold.
 
@@ -107,35 +108,38 @@ def classes_file(path: Path) -> Path:
 
 
 def noted_sizes(path: Path) -> SCLConfig | None:
-    """The sizes in the config.json of an exported folder; they include what weights do not show, such as heads.
+    """The sizes in the config.json of an exported folder, or of a file in it: also what weights do not show, as heads.
 
     Raises:
         ConversionError, ValueError: it cannot be read, or lacks some of them.
     """
-    settings = _settings(path)
+    _, settings = _settings(path)
     return SCLConfig.from_dict(settings) if "vision_heads" in settings else None
 
 
 def _noted(path: Path) -> Inputs | None:
     """What an exported folder notes about the run that it came from."""
-    noted = _settings(path).get("inputs")
+    file, settings = _settings(path)
+    noted = settings.get("inputs")
     if not isinstance(noted, dict):
         return None
     try:
         return Inputs(**{field.name: int(noted[field.name]) for field in dataclasses.fields(Inputs)})
     except (ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"{path / 'config.json'}: the inputs of the model cannot be read ({error!r})") from error
+        raise ConversionError(f"{file}: the inputs of the model cannot be read ({error!r})") from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The config.json of a folder; empty where there is none."""
-    file = path / "config.json"
-    if not path.is_dir() or not file.exists():
-        return {}
+def _settings(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a folder, or ours beside a file, and what it holds: nothing where there is none."""
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if not file.exists():
+        return file, {}
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
         raise ConversionError(f"{file}: not JSON ({error})") from error
     if not isinstance(settings, dict):
         raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
-    return settings
+    if path.is_file() and settings.get("model_type") != MODEL_TYPE:  # it is of something else
+        return file, {}
+    return file, settings

@@ -38,7 +38,8 @@ INITIALISED = {
 def read_torch(path: Path, heads: int = 0, vision_heads: int = 0) -> tuple[dict[str, np.ndarray], SCLConfig, Report]:
     """A full model from a torch file or folder, float32 and finite.
 
-    What weights do not show (heads, dropout, the temperature at the start) is the folder's config.json's, if there.
+    What weights do not show (heads, dropout, the temperature at the start) is that of the config.json of an exported
+    folder, whether the folder is named or the file in it.
     """
     tensors, noted = read_weights(path), noted_sizes(path)
     if noted:
@@ -66,7 +67,7 @@ def to_flax(
     """Converts a torch file or folder and writes <target>/config.json, <target>/checkpoints/0 and the tokenizer.
 
     Args:
-        heads, vision_heads: of attention; 0: those in the folder's config.json, or width / 64.
+        heads, vision_heads: of attention; 0: those in the exported folder's config.json, or width / 64.
         image_size, frames: resize the position table for images and clips of this side (pixels), and the temporal
             rows for clips of as many frames; 0: keep, and take the inputs that the folder notes.
         tokenizer: a folder, which is copied, or a hub name, which is written into the config; empty: the tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scl_jax.config import config_of_run
 from scl_jax.convert.checkpoints import beside, check_target, checksum, read_parameters
-from scl_jax.convert.inputs import check_tokenizer, inputs_of
+from scl_jax.convert.inputs import MODEL_TYPE, check_tokenizer, inputs_of
 from scl_jax.convert.rules import ConversionError, flax_to_torch
 from scl_jax.convert.summary import Summary
 from scl_jax.convert.torch_config import SCLConfig
@@ -92,7 +92,7 @@ def to_torch(
         write_safetensors(
             folder / "model.safetensors", tensors, {"format": "pt", "parameters_sha256": summary.checksum}
         )
-        settings = {"model_type": "scl", **sizes.to_dict(), "inputs": dataclasses.asdict(inputs_of(config))}
+        settings = {"model_type": MODEL_TYPE, **sizes.to_dict(), "inputs": dataclasses.asdict(inputs_of(config))}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         try:
             found = load_tokenizer(name) if tokenizer else load_run_tokenizer(run, name)

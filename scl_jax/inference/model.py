@@ -79,8 +79,9 @@ class Model:
         graph, _ = parameters.abstract(weights.make)
         params = jax.tree.map(jnp.asarray, parameters.unflatten(weights.flat))
         self.network = Network(graph, params, weights.heads, tuple(sorted(batch_sizes)))
-        # tells whose features are comparable: those of one contrastive head
-        self.fingerprint = checksum({k: v for k, v in weights.flat.items() if k.startswith("contrastive.")})
+        # tells whose features are comparable: those of one contrastive head above the same heads of attention
+        contrastive = {k: v for k, v in weights.flat.items() if k.startswith("contrastive.")}
+        self.fingerprint = checksum(contrastive | {"heads": np.asarray(weights.attention_heads, np.int32)})
         self.temperature = float(weights.flat.get("contrastive.temperature", np.float32(1.0)))
 
     # ---- features ----

@@ -3,8 +3,8 @@
 | source | what it holds |
 |---|---|
 | a work directory, or a folder of `scl_jax.convert` | config.json, checkpoints/ (or their running average), classes |
-| an exported PyTorch folder | model.safetensors, config.json, the tokenizer, classes |
-| `.ckpt`, `.pt`, `.bin`, `.safetensors` | weights under the reference's names |
+| an exported PyTorch folder, or the file in it | model.safetensors, config.json, the tokenizer, classes |
+| any other `.ckpt`, `.pt`, `.bin`, `.safetensors` | weights under the reference's names |
 | `owner/name` or `hub:owner/name` | one of the folders on the Hugging Face hub |
 
 classes.json lists the answers of the head, where there is one.
@@ -52,6 +52,7 @@ class Weights:
     make: Callable[[nnx.Rngs], nnx.Module]  # the network with exactly the heads that the weights have
     flat: dict[str, np.ndarray]  # its parameters by dotted path
     heads: tuple[str, ...]
+    attention_heads: tuple[int, int, int]  # of vision, text and fusion, which parameters do not show
     tokenizer: Tokenizer
     text_length: int  # tokens
     image_size: int  # pixels
@@ -100,6 +101,7 @@ def read_weights(
         make=make,
         flat=fitted,
         heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
+        attention_heads=tuple(config.model[part].heads for part in ("vision", "text", "fusion")),
         tokenizer=found,
         **dataclasses.asdict(inputs_of(config)),
         answers=_answers(path),

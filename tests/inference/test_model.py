@@ -219,6 +219,12 @@ def test_the_same_weights_in_other_files_give_the_same_features(tiny_model, tiny
     assert (folder.text_length, folder.image_size, folder.video_frames) == (16, 64, 2)
     assert folder.answers == tiny_model.answers == ANSWERS
     np.testing.assert_allclose(folder.encode_images(PICTURES), tiny_model.encode_images(PICTURES), atol=1e-6)
+    named = scl_jax.load(str(tmp_path / "exported" / "model.safetensors"), batch_sizes=(1, 8))  # the same by its file
+    assert (named.text_length, named.image_size, named.video_frames) == (16, 64, 2)
+    np.testing.assert_array_equal(named.encode_images(PICTURES), folder.encode_images(PICTURES))
+    assert tiny_model.fingerprint == folder.fingerprint == named.fingerprint
+    (tmp_path / "exported" / "config.json").write_text('{"model_type": "bert", "heads": 1}')  # of something else
+    assert read_weights(str(tmp_path / "exported" / "model.safetensors")).attention_heads == (1, 1, 1)  # width / 64
     (tmp_path / "exported" / "config.json").unlink()
     file = read_weights(str(tmp_path / "exported" / "model.safetensors"), heads=2, vision_heads=2)
     assert file.heads == tiny_model.heads

@@ -15,6 +15,7 @@ from scl_jax.config import differences
 from scl_jax.convert import adapt
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.encoders import read_clip, read_roberta
+from scl_jax.convert.inputs import noted_sizes
 from scl_jax.convert.rules import ConversionError, Report
 from scl_jax.convert.sources import (
     CLIP_SETTINGS,
@@ -87,9 +88,17 @@ def _checkpoint(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[st
     if path.is_dir() and is_run(path):
         flat, _ = read_parameters(path)
         try:
-            return adapt.fit(flat, shapes)
+            fitted = adapt.fit(flat, shapes)
         except ConversionError as error:
             raise ConversionError(f"{_other_sizes(path, config)}{error}") from error
+        if heads := _other_sizes(path, config, r"\S+\.heads:"):  # the same shapes, but other numbers
+            raise ConversionError(f"{heads}choose another checkpoint")
+        return fitted
+    if noted := noted_sizes(path):
+        m = config.model
+        for part, count in (("vision", noted.vision_heads), ("text", noted.heads), ("fusion", noted.heads)):
+            if m[part].heads != count:
+                raise ConversionError(f"its attention has other heads: set config.model.{part}.heads to {count}")
     flat, _, report = read_torch(path, config.model.text.heads, config.model.vision.heads)
     fitted, steps = adapt.fit(flat, shapes)
     for name in ["vision.mask_embedding"]:  # absent in the file: the fresh one is as good
@@ -98,26 +107,26 @@ def _checkpoint(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[st
     return fitted, [*steps, *_notes(report), *(f"{name}: {INITIALISED[name]}" for name in report.untouched)]
 
 
-def _other_sizes(run: Path, config: ConfigDict) -> str:
+def _other_sizes(run: Path, config: ConfigDict, names: str = SIZES) -> str:
     """What its config.json says of another network: the cause of shapes that do not fit."""
     file = run / "config.json"
     found = json.loads(file.read_text())["model"] if file.exists() else {}
     wanted = json.loads(config.model.to_json())
-    changed = [line for line in differences(found, wanted, "model.") if re.match(SIZES, line)] if found else []
+    changed = [line for line in differences(found, wanted, "model.") if re.match(names, line)] if found else []
     return f"another network ({'; '.join(changed)}): set these options to the checkpoint's, or " if changed else ""
 
 
 def _vision(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:
     tensors = read_weights(path)
     flat, report = read_clip(tensors, shapes)
-    check_settings(path, CLIP_SETTINGS)
+    check_settings(path, {**CLIP_SETTINGS, "num_attention_heads": config.model.vision.heads})
     return _encoder(path, tensors, "vision.", shapes, flat, report)
 
 
 def _text(path: Path, shapes: Shapes, config: ConfigDict) -> tuple[dict[str, np.ndarray], list[str]]:
     tensors = read_weights(path)
     flat, report = read_roberta(tensors, shapes)
-    check_settings(path, ROBERTA_SETTINGS)
+    check_settings(path, {**ROBERTA_SETTINGS, "num_attention_heads": config.model.text.heads})
     return _encoder(path, tensors, "text.", shapes, flat, report)
 
 

@@ -91,18 +91,23 @@ def _trouble(value: np.ndarray) -> str:
 
 
 def check_settings(path: Path, expected: Mapping[str, Any]) -> None:
-    """Looks into a folder's config.json, where there is one: a network of another activation or epsilon is an error.
+    """Looks into the config.json of a folder, or beside a file: a network that computes something else is an error.
+
+    Args:
+        expected: settings that weights do not show, such as the activation, with the values of this model.
 
     Raises:
         ConversionError: names the setting.
     """
-    file = path / "config.json"
-    if not path.is_dir() or not file.exists():
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if not file.exists():
         return
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
         raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
     settings = settings.get("vision_config") or settings
     for name, value in expected.items():
         if settings.get(name, value) != value:

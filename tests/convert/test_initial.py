@@ -149,6 +149,16 @@ def test_another_activation_is_refused(tmp_path: Path) -> None:
         start(tiny_config(vision=str(tmp_path / "clip")))
 
 
+@pytest.mark.parametrize("option", ["vision", "text"])
+def test_other_heads_of_attention_are_refused(option: str, tmp_path: Path) -> None:
+    (clip_vision() if option == "vision" else roberta()).save_pretrained(tmp_path / "weights")
+    for source in ("weights", "weights/model.safetensors"):
+        config = tiny_config(**{option: str(tmp_path / source)})
+        config.model[option].heads = 4
+        with pytest.raises(ConversionError, match="num_attention_heads is 2, but this model computes with 4"):
+            start(config)
+
+
 def test_one_encoder_in_place_of_the_other_is_named(tmp_path: Path) -> None:
     roberta().save_pretrained(tmp_path / "weights")
     with pytest.raises(ConversionError, match="not a CLIP ViT"):
@@ -156,18 +166,30 @@ def test_one_encoder_in_place_of_the_other_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-def test_training_starts_from_a_converted_folder_as_from_the_file(tmp_path: Path) -> None:
+def test_training_starts_from_a_converted_folder_as_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str) -> Path:
+        raise FileNotFoundError(f"{name}: no connection")
+
+    monkeypatch.setattr("scl_jax.data.tokens._from_hub", unreachable)
     weights = load_file(GOLDEN / "tiny_image.safetensors")
     save_file(weights, tmp_path / "in.safetensors")
     main([str(tmp_path / "in.safetensors"), str(tmp_path / "orbax"), "--heads=4", "--vision_heads=4"])
+    main([str(tmp_path / "orbax"), str(tmp_path / "exported")])
     leaves = []
-    for source in ("in.safetensors", "orbax"):
+    for source in ("in.safetensors", "orbax", "exported"):
         config = tiny_config(checkpoint=str(tmp_path / source))
         config.model.vision.update(layers=3, heads=4, mlp_width=128)
         config.model.text.update(layers=3, heads=4, mlp_width=128, vocab_size=200, max_positions=20)
         config.model.fusion.update(layers=2, heads=4, mlp_width=128)
         config.model.projection_width = 24
         leaves.append(nnx.to_pure_dict(nnx.state(start(config)[0])))
-    jax.tree.map(np.testing.assert_array_equal, *leaves)
+        config.model.fusion.heads = 2
+        if source != "in.safetensors":  # which does not tell
+            with pytest.raises(ConversionError, match=r"model\.fusion\.heads"):
+                start(config)
+    jax.tree.map(np.testing.assert_array_equal, leaves[0], leaves[1])
+    jax.tree.map(np.testing.assert_array_equal, leaves[0], leaves[2])
     words = weights["text_transformer.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(leaves[0]["text"]["word_embedding"]["embedding"], words)

@@ -5,7 +5,7 @@
     python -m scl_jax.search query runs/index --media star.jpg
 
 <index>/features.npy   unit vectors, float32 (items, width), mapped from the disk, never loaded as a whole
-<index>/items.txt      the file of each row, relative to the folder
+<index>/items.txt      the file of each row, relative to the folder, as a JSON string
 <index>/manifest.json  folder, checkpoint, the files that could not be read
 <index>/faiss.index    above a million items, where faiss is installed: approximate, faster; else every item is compared
 """
@@ -93,7 +93,8 @@ def build(
         if not names:
             raise ValueError(f"{folder}: none of {len(files)} files can be read; the first: {broken[0]['reason']}")
         _rows_to_npy(target / "rows", target / "features.npy", (len(names), width))
-        (target / "items.txt").write_text("\n".join(json.dumps(name, ensure_ascii=False) for name in names) + "\n")
+        # as ASCII: names may hold any character that ends a line, and bytes that are no text at all
+        (target / "items.txt").write_text("\n".join(map(json.dumps, names)) + "\n")
         manifest = {
             "folder": str(folder.absolute()),
             "checkpoint": checkpoint or model.name,
@@ -104,7 +105,7 @@ def build(
         }
         if len(names) > faiss_above:
             manifest["faiss"] = _write_faiss(target)
-        (target / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        (target / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -156,7 +157,8 @@ class Index:
         self.folder = Path(folder)
         try:
             self.manifest = json.loads((self.folder / "manifest.json").read_text())
-            self.items = [json.loads(line) for line in (self.folder / "items.txt").read_text().splitlines()]
+            lines = (self.folder / "items.txt").read_text().rstrip("\n").split("\n")
+            self.items = [json.loads(line) for line in lines]
             self.features = np.load(self.folder / "features.npy", mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise FileNotFoundError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_without_faiss_every_item_is_compared(tiny_model, folder, tmp_path, monk
     manifest = build(tiny_model, folder, tmp_path / "index", faiss_above=2)
     assert "pip install" in manifest["faiss"]
     assert len(Index(tmp_path / "index").query(tiny_model.encode_texts("a red star")[0], k=20)) == 6
+
+
+def test_files_of_any_name_are_found_by_it(tiny_model, tmp_path, monkeypatch, capsys):
+    names = [b"caf\xe9.png", "a line\u2028and another.png".encode(), b"two\nlines.png", b"~tmp.png"]
+    (tmp_path / "pictures").mkdir()
+    for name in names:
+        (tmp_path / "pictures" / os.fsdecode(name)).write_bytes(png())
+    (tmp_path / "pictures" / os.fsdecode(b"broken\xe9.png")).write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "pictures")
+    build(tiny_model, ".", tmp_path / "index")
+    monkeypatch.setattr(search, "load", lambda name: tiny_model)
+    main(["query", str(tmp_path / "index"), "--media", "~tmp.png"])
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(os.fsencode(one["path"]) for one in found) == sorted(names)
 
 
 def test_bad_input_is_said(index, tiny_model, folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def locate(source: str) -> Path:
     Raises:
         FileNotFoundError: there is no such path, and it is not to be had from the hub.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not source.startswith(HUB) and (path.exists() or not re.fullmatch(_NAME, source)):
         if not path.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")

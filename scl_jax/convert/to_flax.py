@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,7 @@ def _tokenizer(path: Path, asked: str, vocab_size: int) -> tuple[Tokenizer | Non
     Raises:
         ConversionError: it has more tokens than the model.
     """
-    folder = Path(asked).expanduser() if asked else own_tokenizer(path)
+    folder = Path(os.path.expanduser(asked)) if asked else own_tokenizer(path)
     if folder and folder.is_dir():
         found = load_tokenizer(folder)
         check_tokenizer(found, vocab_size)

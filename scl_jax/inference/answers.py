@@ -13,7 +13,10 @@ from typing import Any
 def print_json(answer: Any) -> None:
     """Prints an answer; ends the command quietly where the reader has left, as `head` does once it has its lines."""
     try:
-        print(json.dumps(answer, indent=2, ensure_ascii=False), flush=True)
+        text = json.dumps(answer, indent=2, ensure_ascii=False)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # names of files that are no text cannot be printed
+            text = json.dumps(answer, indent=2)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes
         sys.exit(0)

@@ -125,7 +125,7 @@ def describe(media: Media) -> str:
 
 
 def _existing(media: str | os.PathLike) -> Path:
-    path = Path(media).expanduser()
+    path = Path(os.path.expanduser(media))  # which leaves "~tmp.png" alone where there is no such user
     if path.is_dir():
         raise MediaError(f"{path}: a folder; name files in it, {path / '*'} in a shell")
     if not path.is_file():

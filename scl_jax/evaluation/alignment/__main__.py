@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_items", type=int, default=0, help="images to score; 0: all")
     p.add_argument("--drop_large_masks", action="store_true", help="as the authors' script does")
     p.add_argument("--out", default="", help="a JSON file for the summary and the scores of every image")
-    p.add_argument("--pictures", type=int, default=0, help="attention maps to draw, into a folder beside --out")
+    p.add_argument("--pictures", type=int, default=0, help="attention maps to draw, into a folder named as --out")
     p.add_argument("--tokenizer", default="", help="folder or hub name (default: the checkpoint's own)")
     return p
 
@@ -50,17 +50,24 @@ def examples(options: argparse.Namespace, video_frames: int) -> Iterator[Example
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Scores everything and returns the summary."""
+    """Scores everything and returns the summary.
+
+    Raises:
+        ValueError, OSError: bad input; the message says what to change.
+    """
+    out, results = Path(options.out or "alignment.json"), []
+    if out.is_dir():  # said before hours of work, not after
+        raise ValueError(f"--out={out} is a folder: name a JSON file")
+    pictures = out.with_suffix("") if out.suffix else out.with_name(f"{out.name}_pictures")
     from scl_jax.inference import load  # this command stands above both rooms
     from scl_jax.plots_attention import attention_sheet
 
     model = load(options.checkpoint, tokenizer=options.tokenizer)
-    out, results = Path(options.out or "alignment.json"), []
     for number, example in enumerate(examples(options, model.video_frames)):
         attention = model.attention_map(example.media, example.caption)
         results.append(score_example(attention, example, options.drop_large_masks))
         if number < options.pictures:
-            attention_sheet(attention, out.with_suffix("") / f"{example.name}.png")
+            attention_sheet(attention, pictures / f"{example.name}.png")
     summary = summarize(results)
     if options.out:
         out.parent.mkdir(parents=True, exist_ok=True)

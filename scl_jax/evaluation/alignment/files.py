@@ -49,7 +49,7 @@ def align_bench(folder: Path | str, max_items: int = 0) -> Iterator[Example]:
 
 def _example(file: Path, media: Path) -> Example:
     data = media.read_bytes()
-    width, height = images.open_image(data).size
+    width, height = images.upright_size(images.open_image(data))
     content, wrong = (read_pickle(file), PickleError) if file.suffix == ".pkl" else (_read_json(file), ValueError)
     try:
         caption, annotation = content["caption"], content["annotation"]
@@ -78,7 +78,7 @@ def _region(region: Mapping[str, Any], height: int, width: int) -> Region:
     box = np.trunc(np.asarray(region["bbox_mask"], np.float64)).astype(np.int64).reshape(1, 4)
     mask = np.asarray(region["pixel_mask"])
     if mask.shape[-2:] != (height, width) or mask.size != height * width:
-        raise ValueError(f"a mask of shape {mask.shape}, but the image has {width}x{height} pixels")
+        raise ValueError(f"a mask of shape {mask.shape}, but the image has {width}x{height} pixels (upright)")
     return Region(box, mask.reshape(1, height, width) > 0)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toy_run
+from PIL import Image
 from tiny_model import png
 
 from scl_jax.evaluation.alignment import PickleError, align_bench, read_pickle, toy_examples
@@ -142,6 +143,17 @@ def test_json_with_boxes_beside_the_images(tmp_path):
         list(align_bench(tmp_path))
 
 
+def test_boxes_are_those_of_the_upright_picture(tmp_path):
+    (tmp_path / "images").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: 48 wide and 64 high when it is looked at
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    (tmp_path / "images" / "a.json").write_text('{"caption": "a ring", "annotation": {"ring": [[0, 50, 48, 64]]}}')
+    (example,) = align_bench(tmp_path)
+    (region,) = example.phrases[0].regions
+    assert region.boxes.tolist() == [[0, 50, 48, 64]] and region.mask.shape == (1, 64, 48)
+
+
 def test_a_phrase_is_found_as_whole_words_whatever_its_capitals():
     assert find_phrase("red  Star", "the reddish red\nstar") == (12, 20)
     assert find_phrase("star", "stars and starlight") is None
@@ -157,6 +169,11 @@ def test_the_command_scores_the_authors_files(tiny_model, tiny_run, tmp_path, ca
     assert 0 < summary["local/box"] < 1 and summary["images"] == 1
     assert json.loads(out.read_text())["summary"] == summary
     assert (tmp_path / "out" / "alignment" / "7.png").exists()
+    main([str(tiny_run), f"--align_bench={tmp_path}", f"--out={tmp_path / 'scores'}", "--pictures=1"])
+    assert json.loads((tmp_path / "scores").read_text())["summary"] == summary
+    assert (tmp_path / "scores_pictures" / "7.png").exists()
+    with pytest.raises(SystemExit, match="is a folder: name a JSON file"):
+        main([str(tiny_run), f"--align_bench={tmp_path}", f"--out={tmp_path / 'out'}"])
     with pytest.raises(SystemExit, match="error: .*holds no .pkl"):
         main([str(tiny_run), f"--align_bench={tmp_path / 'images'}"])
 

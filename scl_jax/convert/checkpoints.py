@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from scl_jax.models import parameters
-from scl_jax.training.checkpoint import Checkpoints, steps_in
+from scl_jax.training.checkpoint import UNREADABLE, CheckpointError, Checkpoints, first_line, steps_in
 from scl_jax.training.state import TrainState
 from scl_jax.training.workdir import LOCK
 
@@ -42,7 +42,7 @@ def read_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, np
     """The parameters (their running average where there is one) of a step, the newest by default, and that step.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint. CheckpointError: it cannot be read.
     """
     steps = sorted(int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit())
     if not steps or (step is not None and step not in steps):
@@ -50,14 +50,28 @@ def read_parameters(folder: Path, step: int | None = None) -> tuple[dict[str, np
         raise FileNotFoundError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; {there}")
     step = steps[-1] if step is None else step
     state = folder.absolute() / "checkpoints" / str(step) / "state"
+    try:
+        return _restored(state), step
+    except UNREADABLE as error:
+        others = ", ".join(str(other) for other in steps if other != step)
+        hint = f"name another step (there are {others})" if others else "there is no other step"
+        raise CheckpointError(
+            f"{state} cannot be read ({first_line(error)}). If it is damaged, or was not copied whole: {hint}"
+        ) from error
+
+
+def _restored(state: Path) -> dict[str, np.ndarray]:
+    """The parameters in the folder of a state, or their running average, by dotted path."""
     with ocp.PyTreeCheckpointer() as reader:
         metadata: Any = reader.metadata(state).item_metadata
+        if metadata is None:  # Orbax finds its own files missing or cut
+            raise ValueError("it does not say which arrays it holds")
         part = "ema" if metadata["ema"] else "params"
         wanted = {part: metadata[part]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         options = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         restored = reader.restore(state, args=options)
-    return parameters.flatten(restored[part]), step
+    return parameters.flatten(restored[part])
 
 
 def checksum(flat: Mapping[str, np.ndarray]) -> str:

@@ -174,6 +174,20 @@ def test_heads_of_an_exported_folder_are_said_to_be_its_own(folders: dict[str, P
     assert f"tokenizer: copied from {folders['exported']}" in lines
 
 
+@pytest.mark.parametrize("damage", ["_METADATA", "d/*", ""])
+def test_a_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(run / "checkpoints" / "0", run / "checkpoints" / "3")
+    state = run / "checkpoints" / "3" / "state"
+    for file in state.rglob(damage or "*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 if damage else 0])
+    with pytest.raises(ValueError, match=rf"{state} cannot be read.* another step \(there are 0\)"):
+        read_weights(str(run))
+    assert read_weights(str(run), step=0).flat
+
+
 def test_a_save_that_was_cut_short_makes_no_run(tmp_path):
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     assert not is_run(tmp_path)

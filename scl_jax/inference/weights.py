@@ -88,6 +88,7 @@ def read_weights(
         flat, sizes, _ = read_torch(path, heads, vision_heads)
         named = str(own_tokenizer(path) or DEFAULT_TOKENIZER)
         config = config_of(path, sizes, named)
+    config.model.attention = "auto"  # the run's may be a kernel of another platform, or of another type
     if dtype:
         config.model.dtype = dtype
     shapes = {name: tuple(value.shape) for name, value in flat.items()}

@@ -95,15 +95,20 @@ def clip_pixels(media: Media, frames: int, size: int) -> UInt8[np.ndarray, "F si
         raise MediaError(f"{describe(media)}: {error}") from error
 
 
-def load_pixels(media: Sequence[Media], frames: int, size: int, threads: int = 4) -> UInt8[np.ndarray, "B F S S 3"]:
-    """Images (`frames` 1) or clips as one array, decoded by a few threads.
+def load_pixels(
+    media: Sequence[Media], frames: int | None, size: int, threads: int = 4
+) -> UInt8[np.ndarray, "B F S S 3"]:
+    """Images, or clips of `frames` frames each, as one array, decoded by a few threads.
+
+    Args:
+        frames: None for images; a model may also see a single frame of each clip.
 
     Raises:
         MediaError: about the first that cannot be used.
     """
 
     def load(one: Media) -> np.ndarray:
-        return image_pixels(one, size) if frames == 1 else clip_pixels(one, frames, size)
+        return image_pixels(one, size) if frames is None else clip_pixels(one, frames, size)
 
     if len(media) == 1:
         return load(media[0])[None]
@@ -150,7 +155,10 @@ def _checked(image: Image.Image) -> Image.Image:
         raise ValueError(f"more than {images.MAX_PIXELS} pixels; make it smaller first")
     if min(image.size) < 1:
         raise ValueError("it has no pixels")
-    return image.copy()
+    try:
+        return image.copy()
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise ValueError(f"cannot decode {image.format or 'image'}: {error}") from error
 
 
 def _array_image(array: np.ndarray) -> Image.Image:
@@ -162,11 +170,17 @@ def _array_image(array: np.ndarray) -> Image.Image:
 
 
 def _animation(image: Image.Image, frames: int) -> list[Image.Image]:
-    total = getattr(image, "n_frames", 1)
+    try:
+        total = getattr(image, "n_frames", 1)
+    except Exception as error:  # it looks for the end, through whatever a broken file holds
+        raise ValueError(f"cannot decode {image.format or 'image'}: {error}") from error
     if total < 2:
         raise ValueError("an image, not a clip: use it where images are taken, such as encode_images")
     pictures = {}
     for index in sorted(set(video.choose_frames(total, frames, None).tolist())):
-        image.seek(index)
+        try:
+            image.seek(index)
+        except Exception as error:
+            raise ValueError(f"cannot decode frame {index} of {total}: {error}") from error
         pictures[index] = images.load_rgb(_checked(image))
     return [pictures[index] for index in video.choose_frames(total, frames, None).tolist()]

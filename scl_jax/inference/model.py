@@ -89,18 +89,18 @@ class Model:
     def encode_images(self, images: Media | Sequence[Media]) -> Float[np.ndarray, "B E"]:
         """Unit vectors of images in the contrastive space, float32."""
         self.network.need("contrastive", "encode_images")
-        return self._features(pictures.as_list(images)[0], 1)
+        return self._features(pictures.as_list(images)[0], are_clips=False)
 
     def encode_videos(self, videos: Media | Sequence[Media]) -> Float[np.ndarray, "B E"]:
         """Unit vectors of clips; the model sees `video_frames` frames, evenly spaced from the first to the last."""
         self.network.need("contrastive", "encode_videos")
-        return self._features(pictures.as_list(videos)[0], self.video_frames)
+        return self._features(pictures.as_list(videos)[0], are_clips=True)
 
     def encode_media(self, media: Media | Sequence[Media]) -> Float[np.ndarray, "B E"]:
         """Unit vectors of images or of clips, whichever these are."""
         self.network.need("contrastive", "encode_media")
         items = pictures.as_list(media)[0]
-        return self._features(items, self._frames(items))
+        return self._features(items, self._are_clips(items))
 
     def encode_texts(self, texts: str | Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Unit vectors of texts; a text longer than `text_length` tokens is cut, with a warning."""
@@ -180,7 +180,7 @@ class Model:
         if positions.size == 0:
             raise TextError(f"no <mask> among the first {self.text_length} tokens: write one, as in 'a <mask> dog'")
         arrays = [np.repeat(array, positions.size, axis=0) for array in self._encoded_pair(tokens, media)]
-        frames = self._frames([media])
+        frames = self._frames(self._are_clips([media]))
         (chances,) = self.network("fill", *arrays, positions.astype(np.int32), frames=frames)
         special = [getattr(self.tokenizer, f"{name}_id") for name in ("bos", "pad", "eos", "unk", "mask")]
         chances[:, special] = 0.0
@@ -213,17 +213,17 @@ class Model:
         self.network.need("nlvr2", "compare")
         (tokens,) = self._tokenized(words.as_texts(statement, MEDIA_FIRST)[0])
         text, mask, first = self._encoded_pair(tokens, image_a)
-        second = self._visual([image_b], self._frames([image_b]))
-        frames = self._frames([image_a])
-        if first.shape != second.shape:
+        are_clips = self._are_clips([image_a])
+        if are_clips != self._are_clips([image_b]):
             raise MediaError("compare takes two images or two clips, not one of each")
-        return float(self.network("compare", text, mask, first, second, frames=frames)[0][0])
+        second = self._visual([image_b], are_clips)
+        return float(self.network("compare", text, mask, first, second, frames=self._frames(are_clips))[0][0])
 
     def attention_map(self, media: Media, text: str) -> AttentionMap:
         """Where a text, and each of its words, looks in an image or clip; `plots_attention` draws it."""
         (tokens,) = self._tokenized(words.as_texts(text, MEDIA_FIRST)[0])
-        frames = self._frames([media])
-        pixels = self._pixels([media], frames)
+        pixels = self._pixels([media], self._are_clips([media]))
+        frames = pixels.shape[1]
         (visual,) = self.network("media", pixels)[1:]
         weights = self.network("attend", *self._encoded_text(tokens), visual, frames=frames)[0][0]  # (L, F·P)
         side = round((weights.shape[1] // frames) ** 0.5)
@@ -238,8 +238,8 @@ class Model:
 
     # ---- what they share ----
 
-    def _frames(self, media: Sequence[Media]) -> int:
-        """How many frames the model sees of each of these.
+    def _are_clips(self, media: Sequence[Media]) -> bool:
+        """Whether these are clips, not images.
 
         Raises:
             MediaError: images and clips are mixed.
@@ -247,23 +247,29 @@ class Model:
         clips = [pictures.is_clip(one) for one in media]
         if any(clips) and not all(clips):
             raise MediaError("images and clips in one list: give them apart")
-        return self.video_frames if clips[0] else 1
+        return clips[0]
 
-    def _pixels(self, media: Sequence[Media], frames: int) -> np.ndarray:
-        return pictures.load_pixels(media, frames, self.image_size if frames == 1 else self.video_size)
+    def _frames(self, are_clips: bool) -> int:
+        """How many frames the model sees of each."""
+        return self.video_frames if are_clips else 1
+
+    def _pixels(self, media: Sequence[Media], are_clips: bool) -> np.ndarray:
+        if are_clips:
+            return pictures.load_pixels(media, self.video_frames, self.video_size)
+        return pictures.load_pixels(media, None, self.image_size)
 
     def _slices(self, count: int) -> Iterator[slice]:
         step = self.network.batch_sizes[-1]
         return (slice(start, start + step) for start in range(0, count, step))
 
-    def _features(self, media: Sequence[Media], frames: int) -> np.ndarray:
+    def _features(self, media: Sequence[Media], are_clips: bool) -> np.ndarray:
         parts = [
-            self.network("media", self._pixels(media[part], frames), outputs=1) for part in self._slices(len(media))
+            self.network("media", self._pixels(media[part], are_clips), outputs=1) for part in self._slices(len(media))
         ]
         return np.concatenate([features for (features,) in parts])
 
-    def _visual(self, media: Sequence[Media], frames: int) -> np.ndarray:
-        return self.network("media", self._pixels(media, frames))[1]
+    def _visual(self, media: Sequence[Media], are_clips: bool) -> np.ndarray:
+        return self.network("media", self._pixels(media, are_clips))[1]
 
     def _tokenized(self, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         return (words.tokenize(self.tokenizer, texts[part], self.text_length) for part in self._slices(len(texts)))
@@ -272,7 +278,7 @@ class Model:
         return self.network("texts", tokens["token_ids"], tokens["token_mask"])[1], tokens["token_mask"]
 
     def _encoded_pair(self, tokens: dict[str, np.ndarray], media: Media) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return *self._encoded_text(tokens), self._visual([media], self._frames([media]))
+        return *self._encoded_text(tokens), self._visual([media], self._are_clips([media]))
 
     def _pairs(self, name: str, media: Media | Sequence[Media], texts: str | Sequence[str]) -> tuple[np.ndarray, bool]:
         """What the compiled function `name` gives for every pair, and whether it was a single one."""
@@ -280,18 +286,21 @@ class Model:
         lines, one_text = words.as_texts(texts, MEDIA_FIRST)
         if not one_item and not one_text and len(items) != len(lines):
             raise ValueError(f"{len(items)} images or clips and {len(lines)} texts cannot be paired")
-        frames, count = self._frames(items), max(len(items), len(lines))
-        shared_item = self._visual(items, frames) if one_item else None
+        are_clips, count = self._are_clips(items), max(len(items), len(lines))
+        shared_item = self._visual(items, are_clips) if one_item else None
         shared_text = self._encoded_text(next(self._tokenized(lines))) if one_text else None
         parts = []
         for part in self._slices(count):
             rows = len(range(count)[part])
-            visual = self._visual(items[part], frames) if shared_item is None else np.repeat(shared_item, rows, axis=0)
+            if shared_item is None:
+                visual = self._visual(items[part], are_clips)
+            else:
+                visual = np.repeat(shared_item, rows, axis=0)
             if shared_text is None:
                 text, mask = self._encoded_text(next(self._tokenized(lines[part])))
             else:
                 text, mask = (np.repeat(array, rows, axis=0) for array in shared_text)
-            parts.append(self.network(name, text, mask, visual, frames=frames)[0])
+            parts.append(self.network(name, text, mask, visual, frames=self._frames(are_clips))[0])
         return np.concatenate(parts), one_item and one_text
 
 

@@ -18,6 +18,8 @@ from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.to_flax import to_flax
 from scl_jax.convert.to_torch import to_torch
 from scl_jax.data.tokens import train_tokenizer
+from scl_jax.data.video import decode_frames
+from scl_jax.inference import MediaError
 from scl_jax.inference.weights import Weights, read_weights
 
 LONG = "a red star is left of a blue ring " * 6
@@ -62,6 +64,28 @@ def test_a_converted_model_gives_the_numbers_of_its_source(folders: dict[str, Pa
 def test_sizes_that_are_asked_for_go_before_those_noted(folders: dict[str, Path], tmp_path: Path) -> None:
     to_flax(folders["exported"], tmp_path / "larger", image_size=96, frames=3, say=quiet)
     assert inputs(read_weights(str(tmp_path / "larger"))) == (16, 96, 96, 3)
+
+
+def test_a_model_may_see_one_frame_of_a_clip(folders: dict[str, Path], tmp_path: Path) -> None:
+    to_flax(folders["exported"], tmp_path / "still", frames=1, say=quiet)
+    model = scl_jax.load(str(tmp_path / "still"), batch_sizes=(1,))
+    clip, picture = scenes("videos", 1)[0]["media"], scenes("images", 1)[0]["media"]
+    assert model.video_frames == 1
+    frame = decode_frames(clip, 1)
+    np.testing.assert_allclose(model.encode_media(clip), model.encode_images(frame[0]), atol=1e-5)
+    np.testing.assert_array_equal(model.encode_videos(frame), model.encode_videos(clip))
+    assert model.attention_map(clip, "a red star").frames.shape == (1, 64, 64, 3)
+    with pytest.raises(MediaError, match="not one of each"):
+        model.compare(clip, picture, "a red star")
+
+
+def test_a_run_trained_with_a_kernel_of_another_platform_is_loaded(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["attention"] = "mosaic"
+    (run / "config.json").write_text(json.dumps(config))
+    assert scl_jax.load(str(run), batch_sizes=(1,)).encode_texts("a red star").shape == (1, 16)
 
 
 def test_without_a_note_the_tables_say_what_fits(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_of_an_animation_the_first_frame_is_the_image_and_all_are_the_clip(tiny_
 def test_a_still_picture_is_no_clip(tiny_model):
     with pytest.raises(MediaError, match="an image, not a clip"):
         tiny_model.encode_videos(png())
+
+
+def test_a_broken_animation_is_refused_by_its_name(tiny_model, monkeypatch):
+    def broken(*_):
+        raise SyntaxError("broken PNG file")  # which Pillow raises, among others
+
+    animation = Image.open(io.BytesIO(gif()))
+    for name in ("seek", "copy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(animation, name, broken)
+            with pytest.raises(MediaError, match="PIL image of 40x30 pixels: cannot decode .*broken PNG file"):
+                tiny_model.encode_videos(animation)
 
 
 def test_images_and_clips_are_not_mixed(tiny_model):

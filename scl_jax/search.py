@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from scl_jax.convert.checkpoints import beside
 from scl_jax.inference.answers import print_json
 from scl_jax.inference.media import IMAGE_ENDINGS, VIDEO_ENDINGS, MediaError, clip_pixels, image_pixels
-from scl_jax.inference.model import Model, load
+from scl_jax.inference.model import Model, check_count, load
 
 FAISS_ABOVE = 1_000_000  # items
 CHUNK = 65_536  # items compared at once
@@ -178,7 +178,8 @@ class Index:
             raise ValueError(f"{self.folder} was built with another checkpoint ({made}); build it again with this one")
 
     def query(self, feature: Float[np.ndarray, " E"], k: int = 10) -> list[Found]:
-        """The k items of highest cosine, best first."""
+        """The k items of highest cosine, best first; ValueError for a k below 1."""
+        check_count(k)
         if self._faiss is not None:
             scores, ids = (found[0] for found in self._faiss.search(feature[None].astype(np.float32), k))
             return [Found(self.items[i], float(score)) for i, score in zip(ids, scores, strict=True) if i >= 0]

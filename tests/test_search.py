@@ -110,6 +110,8 @@ def test_bad_input_is_said(index, tiny_model, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "index").exists()
     with pytest.raises(FileNotFoundError, match="no index"):
         Index(tmp_path)
+    with pytest.raises(ValueError, match="at least one answer"):
+        index.query(index.features[0], k=-1)
     monkeypatch.setattr(tiny_model, "fingerprint", "another")
     with pytest.raises(ValueError, match="built with another checkpoint"):
         index.check(tiny_model)

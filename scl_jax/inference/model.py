@@ -57,11 +57,14 @@ def load(
         step: of a work directory's checkpoint; None: the newest.
         dtype: of activations, "float32" or "bfloat16"; empty: as trained, float32 for PyTorch weights.
         heads, vision_heads: of attention, for bare PyTorch files; 0: width / 64.
-        batch_sizes: what inputs are padded to; the largest bounds memory.
+        batch_sizes: the batches that inputs run in, padded where there are fewer; the largest bounds memory.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint or tokenizer; ValueError: it cannot be used. Both say why.
+        FileNotFoundError: there is no such checkpoint or tokenizer; ValueError: it, or an argument, is no use.
+            Both say why.
     """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes={batch_sizes!r}: one or more numbers from 1 on are expected")
     weights = read_weights(
         path_or_hub_name, tokenizer=tokenizer, step=step, dtype=dtype, heads=heads, vision_heads=vision_heads
     )
@@ -138,20 +141,23 @@ class Model:
     ) -> list[Ranked]:
         """The k items that fit a query best: texts for an image or clip, or images or clips for a text.
 
-        Cosines choose `rerank` candidates; these are ordered as in evaluation. With the rank head of a model fine-tuned
-        for retrieval that is by its score alone, whose zero is arbitrary, so that it tells no probability. Else it is
-        by log P(pair) + cosine / temperature, with the matching head. Without either, cosines decide.
+        Cosines choose `rerank` candidates. The rank head of a model fine-tuned for retrieval orders these by its score
+        alone, whose zero is arbitrary, so that it tells no probability. Else log P(pair) + cosine / temperature does,
+        with the matching head; evaluation may choose another weight of log P (`evaluate.matching_weights`). Without
+        either head, cosines decide.
 
         Args:
             query: a string is a text when the items are images; where the items are strings too (paths, or texts?),
                 it is taken for a text, and the items for paths, unless `query_is_text` is False.
         """
         self.network.need("contrastive", "rank")
+        check_count(k)
         is_text = isinstance(query, str) if query_is_text is None else query_is_text
         if len(items) == 0:
             raise ValueError("rank: there are no items to choose from")
         pair: tuple[Any, Any] = (list(items), query) if is_text else (query, list(items))
-        found = self.similarity(*pair).reshape(-1)
+        features, visual = self._seen(pair[0])
+        found = (features @ self.encode_texts(pair[1]).T).reshape(-1)
         order = np.argsort(-found, kind="stable")
         head = next((name for name in ("rank", "matching") if name in self.heads), None)
         if head is None or rerank < 1:
@@ -159,11 +165,13 @@ class Model:
         chosen = order[: max(rerank, k)]
         candidates = [items[i] for i in chosen]
         pair = (candidates, query) if is_text else (query, candidates)
+        if visual is not None and is_text:
+            visual = visual[chosen]
         matches: list[float | None] = [None] * len(chosen)
         if head == "rank":
-            scores, _ = self._pairs("rank", *pair)
+            scores, _ = self._pairs("rank", *pair, visual)
         else:
-            odds, _ = self._pairs("match", *pair)
+            odds, _ = self._pairs("match", *pair, visual)
             scores, matches = found[chosen] / self.temperature - np.logaddexp(0.0, -odds), _sigmoid(odds).tolist()
         best = np.argsort(-scores, kind="stable")[:k]
         return [Ranked(int(chosen[i]), float(scores[i]), float(found[chosen[i]]), matches[i]) for i in best]
@@ -175,6 +183,7 @@ class Model:
             TextError: there is no `<mask>` among the tokens that the model reads.
         """
         self.network.need("masked_language", "fill_mask")
+        check_count(k)
         (tokens,) = self._tokenized(words.as_texts(text, TEXT_FIRST)[0])
         positions = np.flatnonzero(tokens["token_ids"][0] == self.tokenizer.mask_id)
         if positions.size == 0:
@@ -197,6 +206,7 @@ class Model:
         Without the list that fine-tuning leaves beside its checkpoint (classes.json) they are called "answer 17".
         """
         self.network.need("vqa", "answer")
+        check_count(k)
         chances = self._pairs("answer", image, question)[0][0]
         known = self.answers if len(self.answers) == len(chances) else ()
         best = np.argsort(-chances, kind="stable")[:k]
@@ -271,6 +281,15 @@ class Model:
     def _visual(self, media: Sequence[Media], are_clips: bool) -> np.ndarray:
         return self.network("media", self._pixels(media, are_clips))[1]
 
+    def _seen(self, media: Media | Sequence[Media]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features of images or clips, and their visual tokens where they are one batch: more could fill the memory."""
+        items = pictures.as_list(media)[0]
+        are_clips = self._are_clips(items)
+        if len(items) > self.network.batch_sizes[-1]:
+            return self._features(items, are_clips), None
+        features, tokens = self.network("media", self._pixels(items, are_clips))
+        return features, tokens
+
     def _tokenized(self, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         return (words.tokenize(self.tokenizer, texts[part], self.text_length) for part in self._slices(len(texts)))
 
@@ -280,28 +299,41 @@ class Model:
     def _encoded_pair(self, tokens: dict[str, np.ndarray], media: Media) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return *self._encoded_text(tokens), self._visual([media], self._are_clips([media]))
 
-    def _pairs(self, name: str, media: Media | Sequence[Media], texts: str | Sequence[str]) -> tuple[np.ndarray, bool]:
-        """What the compiled function `name` gives for every pair, and whether it was a single one."""
+    def _pairs(
+        self, name: str, media: Media | Sequence[Media], texts: str | Sequence[str], visual: np.ndarray | None = None
+    ) -> tuple[np.ndarray, bool]:
+        """What the compiled function `name` gives for every pair, and whether it was a single one.
+
+        Args:
+            visual: the tokens of the media, where they have been encoded before.
+        """
         items, one_item = pictures.as_list(media)
         lines, one_text = words.as_texts(texts, MEDIA_FIRST)
         if not one_item and not one_text and len(items) != len(lines):
             raise ValueError(f"{len(items)} images or clips and {len(lines)} texts cannot be paired")
         are_clips, count = self._are_clips(items), max(len(items), len(lines))
-        shared_item = self._visual(items, are_clips) if one_item else None
+
+        def tokens_of(part: slice) -> np.ndarray:
+            return self._visual(items[part], are_clips) if visual is None else visual[part]
+
+        shared_item = tokens_of(slice(None)) if one_item else None
         shared_text = self._encoded_text(next(self._tokenized(lines))) if one_text else None
         parts = []
         for part in self._slices(count):
             rows = len(range(count)[part])
-            if shared_item is None:
-                visual = self._visual(items[part], are_clips)
-            else:
-                visual = np.repeat(shared_item, rows, axis=0)
+            seen = tokens_of(part) if shared_item is None else np.repeat(shared_item, rows, axis=0)
             if shared_text is None:
                 text, mask = self._encoded_text(next(self._tokenized(lines[part])))
             else:
                 text, mask = (np.repeat(array, rows, axis=0) for array in shared_text)
-            parts.append(self.network(name, text, mask, visual, frames=self._frames(are_clips))[0])
+            parts.append(self.network(name, text, mask, seen, frames=self._frames(are_clips))[0])
         return np.concatenate(parts), one_item and one_text
+
+
+def check_count(k: int) -> None:
+    """Raises ValueError for a number of answers below one, which would count from the end of a list."""
+    if k < 1:
+        raise ValueError(f"k={k}: at least one answer is asked for")
 
 
 def _sigmoid(odds: np.ndarray) -> np.ndarray:

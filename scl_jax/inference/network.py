@@ -6,6 +6,7 @@ width, V vocabulary, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,12 @@ class MissingHeadError(ValueError):
 
 
 class Network:
-    """Calls compiled functions by name; rows are padded to the smallest of `batch_sizes` that holds them.
+    """Calls compiled functions by name; rows run in batches of few sizes, padded where there are fewer.
 
     Args:
         graph, params: of the network, with the heads that the checkpoint has.
         heads: their names.
-        batch_sizes: ascending; more rows than the largest run in several batches.
+        batch_sizes: ascending; see `batches`.
     """
 
     def __init__(self, graph: nnx.GraphDef, params: Params, heads: tuple[str, ...], batch_sizes: tuple[int, ...]):
@@ -62,15 +63,29 @@ class Network:
 
     def __call__(self, name: str, *arrays: np.ndarray, outputs: int | None = None, **static: int) -> list[np.ndarray]:
         """The first `outputs` results of a function on all rows, on the host; tokens keep the type of activations."""
-        parts = []
-        rows = len(arrays[0])
-        for start in range(0, rows, self.batch_sizes[-1]):
-            count = min(rows - start, self.batch_sizes[-1])
-            size = next(size for size in self.batch_sizes if size >= count)
+        parts, start = [], 0
+        for count, size in batches(len(arrays[0]), self.batch_sizes):
             padded = [_pad(array[start : start + count], size) for array in arrays]
             results = self._compiled[name](self._params, *padded, **static)[:outputs]
             parts.append([np.asarray(result)[:count] for result in results])
+            start += count
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def batches(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(rows, size to pad them to) of each batch: the largest as often as it is filled, then the smallest that suffices.
+
+    The rest goes in several batches of the next smaller size where these have at most half the rows: of the sizes 1, 8
+    and 64, 9 rows are 8 and 1, not 64. Never one by one, since each call has a cost of its own.
+    """
+    while rows:
+        size = next((size for size in sizes if size >= rows), sizes[-1])
+        smaller = max((other for other in sizes if 1 < other < min(size, rows)), default=0)
+        if smaller and 2 * smaller * -(-rows // smaller) <= size:
+            size = smaller
+        count = min(rows, size)
+        yield count, size
+        rows -= count
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:

@@ -137,6 +137,19 @@ def test_a_head_that_the_checkpoint_lacks_is_named(tmp_path):
             call()
 
 
+def test_numbers_below_one_are_refused(tiny_model, tiny_run):
+    for call in (
+        lambda: tiny_model.rank("a red star", [png()], -1),
+        lambda: tiny_model.fill_mask("a <mask> star", png(), 0),
+        lambda: tiny_model.answer(png(), "what colour?", -480),
+    ):
+        with pytest.raises(ValueError, match="at least one answer"):
+            call()
+    for sizes in ((), (0,), (8, -1)):
+        with pytest.raises(ValueError, match="numbers from 1 on"):
+            scl_jax.load(str(tiny_run), batch_sizes=sizes)
+
+
 def test_an_unknown_checkpoint_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         scl_jax.load(str(tmp_path / "nothing"))

@@ -21,7 +21,8 @@ from scl_jax import build
 from scl_jax.convert.checkpoints import read_parameters
 from scl_jax.data import images
 from scl_jax.data.video import decode_frames
-from scl_jax.inference import Model
+from scl_jax.inference import Model, media
+from scl_jax.inference.network import batches
 from scl_jax.inference.weights import read_weights
 from scl_jax.models import parameters
 from scl_jax.models.fusion import IMAGE_TYPE, SECOND_IMAGE_TYPE
@@ -87,6 +88,36 @@ def test_batch_size_and_padding_do_not_change_results(tiny_model, tiny_run):
     np.testing.assert_allclose(other.encode_texts(TEXTS), tiny_model.encode_texts(TEXTS), atol=1e-5)
     alone = [tiny_model.match(picture, TEXTS[0]) for picture in PICTURES]
     np.testing.assert_allclose(other.match(PICTURES, TEXTS[0]), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (1, [(1, 1)]),
+        (7, [(7, 8)]),
+        (9, [(8, 8), (1, 1)]),
+        (20, [(8, 8), (8, 8), (4, 8)]),
+        (33, [(33, 64)]),
+        (64, [(64, 64)]),
+        (74, [(64, 64), (8, 8), (2, 8)]),
+    ],
+)
+def test_a_few_rows_more_than_a_batch_do_not_cost_as_much_as_a_large_one(rows, expected):
+    assert list(batches(rows, (1, 8, 64))) == expected
+    assert list(batches(rows, (64,))) == [(min(rows, 64), 64), *([(rows - 64, 64)] if rows > 64 else [])]
+
+
+def test_a_rank_encodes_what_fits_a_batch_once(tiny_model, monkeypatch):
+    decoded = []
+    load_pixels = media.load_pixels
+    monkeypatch.setattr(
+        media, "load_pixels", lambda given, *sizes: decoded.append(len(given)) or load_pixels(given, *sizes)
+    )
+    found = tiny_model.rank(TEXTS[0], PICTURES)
+    tiny_model.rank(PICTURES[0], TEXTS)
+    assert decoded == [5, 1]
+    twice = tiny_model.rank(TEXTS[0], PICTURES * 2)  # more than the largest batch, of 8: encoded again
+    assert [one.score for one in twice[::2]] == pytest.approx([one.score for one in found], abs=1e-5)
 
 
 def test_a_thousand_texts_of_mixed_length_compile_at_most_four_times(tiny_run):

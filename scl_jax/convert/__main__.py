@@ -14,11 +14,14 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scl_jax.convert.checkpoints import is_run
 from scl_jax.convert.sources import HUB, locate, upload
 from scl_jax.convert.to_flax import to_flax
 from scl_jax.convert.to_torch import to_torch
+
+SIZES = ("heads", "vision_heads", "image_size", "frames")  # of what is written from PyTorch weights
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,22 +34,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote before")
     p.add_argument("--tokenizer", default="", help="folder or hub name (default: the source's, or roberta-base)")
     p.add_argument("--step", type=int, help="to PyTorch: the checkpoint's step (default: the newest)")
-    p.add_argument("--heads", type=int, default=0, help="of text and fusion attention (default: width / 64)")
-    p.add_argument("--vision_heads", type=int, default=0, help="of vision attention (default: width / 64)")
-    p.add_argument("--image_size", type=int, default=0, help="resize positions, images and clips to this side (pixels)")
-    p.add_argument("--frames", type=int, default=0, help="temporal rows to write, and frames of a clip")
+    p.add_argument(
+        "--heads", type=int, default=0, help="from PyTorch: in text and fusion attention (default: width/64)"
+    )
+    p.add_argument("--vision_heads", type=int, default=0, help="from PyTorch: in vision attention (default: width/64)")
+    p.add_argument("--image_size", type=int, default=0, help="from PyTorch: the side of images and clips in pixels")
+    p.add_argument("--frames", type=int, default=0, help="from PyTorch: temporal rows, and frames of a clip")
     return p
 
 
 def convert(options: argparse.Namespace) -> None:
     """Does what the command line says."""
-    source, target, common = locate(options.source), options.target, {}
-    common = {"tokenizer": options.tokenizer, "overwrite": options.overwrite, "dry_run": options.dry_run}
-    if not (source.is_dir() and is_run(source)):
+    source, target = locate(options.source), options.target
+    common: dict[str, Any] = {
+        "tokenizer": options.tokenizer,
+        "overwrite": options.overwrite,
+        "dry_run": options.dry_run,
+    }
+    from_run = source.is_dir() and is_run(source)
+    others, reason = (SIZES, "a run is exported as it is") if from_run else (("step",), "PyTorch weights have no steps")
+    needless = [f"--{name}" for name in others if getattr(options, name) != parser().get_default(name)]
+    if needless:
+        raise ValueError(f"{options.source}: {reason}; leave out {', '.join(needless)}")
+    if not from_run:
         if target.startswith(HUB):
             raise ValueError(f"{target}: only PyTorch folders are uploaded; convert to a folder first")
-        sizes = ("heads", "vision_heads", "image_size", "frames")
-        to_flax(source, Path(target), **{name: getattr(options, name) for name in sizes}, **common)
+        to_flax(source, Path(target), **{name: getattr(options, name) for name in SIZES}, **common)
     elif target.startswith(HUB):
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / target.split("/")[-1]

@@ -57,7 +57,7 @@ def read_model(
         (sizes.width, sizes.heads, "heads"),
         (sizes.vision_width, sizes.vision_heads, "vision_heads"),
     ):
-        if width % count:
+        if count < 1 or width % count:
             raise ConversionError(f"width {width} does not divide by {count} heads; give --{side}")
     if min(sizes.vision_layers, sizes.text_layers, sizes.fusion_layers) < 1:
         raise ConversionError("not a full SCL model: vision, text or fusion layers are missing")

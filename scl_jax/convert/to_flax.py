@@ -78,6 +78,10 @@ def to_flax(
         ConversionError, TorchFileError, FileExistsError, OSError, ValueError: with the key or file concerned; nothing
             is written.
     """
+    numbers = {"heads": heads, "vision_heads": vision_heads, "image_size": image_size, "frames": frames}
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"--{name}={number}: a number from 1 on is expected")
     sources = [path, *filter(None, [tokenizer])]
     if not dry_run:
         check_target(target, overwrite, CONVERTED, sources)

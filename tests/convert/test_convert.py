@@ -228,6 +228,20 @@ def test_sources_runs_and_other_folders_are_never_replaced(tmp_path: Path) -> No
     assert other in fails([str(source), str(tmp_path / "run"), "--overwrite", *HEADS], tmp_path)
 
 
+@pytest.mark.parametrize("option", ["--heads=-2", "--vision_heads=-2", "--image_size=-96", "--frames=-1"])
+def test_numbers_below_one_are_refused(option: str, tmp_path: Path) -> None:
+    source = str(GOLDEN / "tiny_image.safetensors")
+    assert f"{option}: a number from 1 on" in fails([source, str(tmp_path / "out"), *HEADS, option], tmp_path)
+
+
+def test_options_of_the_other_direction_are_refused(tmp_path: Path) -> None:
+    source, run, out = str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "run"), str(tmp_path / "out")
+    assert "have no steps; leave out --step" in fails([source, out, *HEADS, "--step=7"], tmp_path)
+    main([source, run, *HEADS])
+    expected = "a run is exported as it is; leave out --heads, --image_size"
+    assert expected in fails([run, out, "--heads=4", "--image_size=96"], tmp_path)
+
+
 def test_no_disk_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = [str(GOLDEN / "tiny_image.safetensors"), str(tmp_path / "out"), *HEADS]
     full = shutil.disk_usage(tmp_path)._replace(free=1000)

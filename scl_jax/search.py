@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,8 @@ def build(
     files = files_of(folder)
     broken: list[dict[str, str]] = []
     width = model.encode_texts("a").shape[1]
-    with beside(index, overwrite, len(files) * width * 4, MARKS, [folder, model.name]) as target:
+    size = 2 * len(files) * width * 4  # rows and features.npy lie there together for a moment
+    with beside(index, overwrite, size, MARKS, [folder, model.name]) as target:
         names: list[str] = []
         with (target / "rows").open("wb") as rows:
             for batch, features in _encoded(model, files, broken):
@@ -97,7 +99,7 @@ def build(
         (target / "items.txt").write_text("\n".join(map(json.dumps, names)) + "\n")
         manifest = {
             "folder": str(folder.absolute()),
-            "checkpoint": checkpoint or model.name,
+            "checkpoint": _absolute(checkpoint or model.name),
             "fingerprint": model.fingerprint,
             "items": len(names),
             "width": width,
@@ -107,6 +109,12 @@ def build(
             manifest["faiss"] = _write_faiss(target)
         (target / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _absolute(checkpoint: str) -> str:
+    """A path as every folder names it; names on the hub as they are."""
+    path = Path(os.path.expanduser(checkpoint))
+    return str(path.absolute()) if path.exists() else checkpoint
 
 
 def _encoded(

@@ -119,9 +119,11 @@ def test_bad_input_is_said(index, tiny_model, folder, tmp_path, monkeypatch):
 
 def test_the_command_builds_and_queries(tiny_model, tiny_run, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "load", lambda name: tiny_model)
-    main(["build", str(folder), str(tmp_path / "index"), f"--checkpoint={tiny_run}"])
+    monkeypatch.chdir(tiny_run.parent)
+    main(["build", str(folder), str(tmp_path / "index"), f"--checkpoint={tiny_run.name}"])
     printed = capsys.readouterr()
     assert json.loads(printed.out)["items"] == 6 and "left out:" in printed.err
+    assert json.loads(printed.out)["checkpoint"] == str(tiny_run)  # to be found from any folder
     main(["query", str(tmp_path / "index"), "--text", "a red star", "-k", "2"])
     assert len(json.loads(capsys.readouterr().out)) == 2
     with pytest.raises(SystemExit, match="error: .*no index"):

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--folder", type=Path, help="pictures and clips to search in")
     what.add_argument("--toy_scenes", type=int, default=0, help="search in that many held-out scenes of the toy world")
-    p.add_argument("--index", type=Path, help="where the folder's index is kept, or lies already (default: nowhere)")
+    p.add_argument("--index", type=Path, help="keeps the index (toy scenes beside it), or holds it already")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network: there is no password")
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--max_upload", type=float, default=20, help="MiB of an uploaded picture")
@@ -45,7 +45,9 @@ def prepare(options: argparse.Namespace, place: Path):
     models = [load(name) for name in options.checkpoint]
     folder, at = options.folder, options.index or place / "index"
     if options.toy_scenes:
-        folder = _draw_scenes(place / "scenes", options.toy_scenes)
+        # a kept index needs its pictures: they lie beside it
+        scenes = place / "scenes" if options.index is None else at.with_name(f"{at.name}_{options.toy_scenes}_scenes")
+        folder = _draw_scenes(scenes, options.toy_scenes)
     if folder is not None and not (at / "manifest.json").exists():
         model = Service(models).with_head("contrastive")
         print(f"reading {folder} …", flush=True)
@@ -62,7 +64,7 @@ def prepare(options: argparse.Namespace, place: Path):
 def _draw_scenes(folder: Path, count: int) -> Path:
     from scl_jax.data.builders import toy_world
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for record in toy_world.records("images", "test", count, 0):
         (folder / f"{record['id']}.jpg").write_bytes(record["media"])
     return folder

@@ -18,7 +18,7 @@ from PIL import Image
 
 from scl_jax.data import images
 from scl_jax.inference import MediaError, MissingHeadError, Model, TextError
-from scl_jax.inference.media import IMAGE_ENDINGS, VIDEO_ENDINGS, clip_pixels
+from scl_jax.inference.media import IMAGE_ENDINGS, VIDEO_ENDINGS, clip_frames
 from scl_jax.plots_attention import ALL, overlay, word_maps
 from scl_jax.search import Index
 
@@ -129,8 +129,9 @@ class Service:
             raise ValueError(f"{name} is not in the folder that is searched")
         path = Path(self.index.manifest["folder"]) / name
         if path.suffix.lower() in VIDEO_ENDINGS:
-            return Image.fromarray(clip_pixels(path, 3, side)[1])
-        picture = images.load_rgb(images.open_image(path.read_bytes()), (side, side))
+            picture = clip_frames(path, 3)[1]
+        else:
+            picture = images.load_rgb(images.open_image(path.read_bytes()), (side, side))
         return picture if max(picture.size) <= side else _fitted(picture, side)
 
     def look(self, file: str | None, text: str) -> Sight:

@@ -72,7 +72,12 @@ def image_pixels(media: Media, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
 
 
 def clip_pixels(media: Media, frames: int, size: int) -> UInt8[np.ndarray, "F size size 3"]:
-    """`frames` evenly spaced frames of a clip, each resized to the square; a shorter clip repeats some.
+    """`clip_frames` as the model sees them, each resized to the square."""
+    return np.stack([images.resize_square(picture, size) for picture in clip_frames(media, frames)])
+
+
+def clip_frames(media: Media, frames: int) -> list[Image.Image]:
+    """`frames` evenly spaced frames of a clip; a shorter clip repeats some.
 
     Raises:
         MediaError: no clip, or one that cannot be read.
@@ -81,16 +86,13 @@ def clip_pixels(media: Media, frames: int, size: int) -> UInt8[np.ndarray, "F si
         if isinstance(media, np.ndarray):
             if media.ndim != 4 or len(media) == 0:
                 raise ValueError(f"an array of shape {media.shape} is no clip: (F, H, W, 3) is expected")
-            pictures = [_array_image(media[i]) for i in video.choose_frames(len(media), frames, None)]
-        elif isinstance(media, Image.Image):
-            pictures = _animation(media, frames)
-        else:
-            data = _read(media)
-            if video.is_video(data):
-                pictures = [Image.fromarray(frame) for frame in video.decode_frames(data, frames)]
-            else:
-                pictures = _animation(images.open_image(data), frames)
-        return np.stack([images.resize_square(picture, size) for picture in pictures])
+            return [_array_image(media[i]) for i in video.choose_frames(len(media), frames, None)]
+        if isinstance(media, Image.Image):
+            return _animation(media, frames)
+        data = _read(media)
+        if video.is_video(data):
+            return [Image.fromarray(frame) for frame in video.decode_frames(data, frames)]
+        return _animation(images.open_image(data), frames)
     except (ValueError, OSError, EOFError) as error:
         raise MediaError(f"{describe(media)}: {error}") from error
 

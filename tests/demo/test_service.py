@@ -60,6 +60,14 @@ def test_pictures_of_the_folder_are_shown_and_no_other_file(service):
             service.picture_of(name)
 
 
+def test_a_clip_keeps_its_shape(tiny_model, tmp_path):
+    (tmp_path / "moving.mp4").write_bytes(gif())  # 40 pixels wide, 30 high
+    build(tiny_model, tmp_path, tmp_path / "index")
+    service = Service([tiny_model], Index(tmp_path / "index"))
+    assert service.picture_of("moving.mp4").size == (40, 30)
+    assert service.picture_of("moving.mp4", 20).size == (20, 15)
+
+
 def test_a_look_gives_the_models_scores_and_a_map_for_each_word(service, tiny_model, upload):
     data = png(60, 30)
     sight = service.look(upload(data), "a red star")
@@ -127,6 +135,10 @@ def test_the_command_prepares_toy_scenes_and_keeps_an_index(tiny_run, tmp_path):
     arguments = [f"--checkpoint={tiny_run}", "--toy_scenes=3"]
     service = prepare(parser().parse_args(arguments), tmp_path / "first")
     assert len(service.index.items) == 3 and service.examples(1)[0].picture.size == (96, 96)
+    (tmp_path / "toys").mkdir()  # empty, as a folder that was made for the index
+    for place in ("second", "third"):  # a folder of its own each, gone after the demo
+        service = prepare(parser().parse_args([*arguments, f"--index={tmp_path / 'toys'}"]), tmp_path / place)
+        assert len(service.examples(3)) == 3
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
     arguments = [f"--checkpoint={tiny_run}", f"--folder={tmp_path}", f"--index={tmp_path / 'kept'}"]
     for _ in range(2):  # built, then found again

@@ -52,8 +52,9 @@ case $STEP in
     require_config
     [[ $workdir == /* ]] || die "--workdir=$workdir: write the whole path, of a folder that all hosts share"
     printf -v command '%q ' .venv/bin/python -m scl_jax.main --config="$config" --workdir="$workdir" "${REST[@]}"
-    # JAX finds the other hosts by the TPU's metadata; the session survives that of ssh
-    everywhere "cd scl_jax && nohup setsid env JAX_PLATFORMS=tpu,cpu $command> ~/scl_jax.log 2>&1 < /dev/null & echo \$! > ~/scl_jax.pid"
+    # JAX finds the other hosts by the TPU's metadata; the session survives that of ssh. The braces make $! the program
+    # itself: of `cd … && program &` it would be the shell around both, and `stop` would end that alone
+    everywhere "cd scl_jax && { nohup setsid env JAX_PLATFORMS=tpu,cpu $command> ~/scl_jax.log 2>&1 < /dev/null & echo \$! > ~/scl_jax.pid; }"
     ;;
   logs)
     tpu ssh "$name" --worker=0 --command='tail -n 100 -F scl_jax.log'

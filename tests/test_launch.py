@@ -1,9 +1,13 @@
 """The launch scripts check their arguments and print, with --dry_run, exactly what they would run."""
 
+import contextlib
 import importlib.util
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,43 @@ def test_a_tpu_slice_from_creation_to_deletion():
     (stop,) = printed("tpu_pod.sh", "stop", *TPU)
     assert stop[7] == '--command=kill -TERM "$(cat scl_jax.pid)"'
     assert printed("tpu_pod.sh", "delete", *TPU) == [[*tpu, "delete", "scl", "--quiet", "--zone=us-west4-a"]]
+
+
+def test_stop_reaches_the_program_that_run_started(tmp_path):
+    """A gcloud that runs the command in a home of its own, where the "program" notes SIGTERM and ends."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "scl_jax/.venv/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        "#!/bin/bash\ntrap 'echo saved > ~/end; exit 0' TERM\ntouch ~/begun\nfor _ in {1..400}; do sleep 0.05; done\n"
+    )
+    gcloud = tmp_path / "bin/gcloud"
+    gcloud.write_text(
+        '#!/bin/bash\ncd; for word in "$@"; do [[ $word != --command=* ]] || bash -c "${word#--command=}"; done\n'
+    )
+    for file in (program, gcloud):
+        file.chmod(0o755)
+    env = os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def step(*arguments: str) -> None:
+        subprocess.run(["bash", "launch/tpu_pod.sh", *arguments], cwd=ROOT, env=env, check=True, timeout=20)
+
+    step("run", *TPU, "--workdir=/mnt/joint", *TRAIN)
+    appears(tmp_path / "begun")
+    pid = int((tmp_path / "scl_jax.pid").read_text())
+    try:
+        step("stop", *TPU)
+        appears(tmp_path / "end")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def appears(file: Path) -> None:
+    end = time.monotonic() + 10
+    while not file.exists():
+        assert time.monotonic() < end, f"no {file.name}"
+        time.sleep(0.02)
 
 
 def test_a_job_set_is_filled_in():

@@ -7,8 +7,7 @@ from scl_jax.config import default_config
 # the paper's sets: about 4 million images, and WebVid
 IMAGE_SETS = ("coco/captions", "visual_genome/captions", "sbu/captions", "conceptual_captions/captions")
 VIDEO_SETS = ("webvid/captions",)
-# those with a validation and a test split to evaluate on
-IMAGE_EVALUATION, VIDEO_EVALUATION = ("coco/captions",), ("msrvtt/captions",)
+IMAGE_EVALUATION = ("coco/captions",)  # the one with a validation and a test split
 
 
 def paper() -> ConfigDict:
@@ -19,7 +18,6 @@ def paper() -> ConfigDict:
     config.train.steps = 100_000
     config.data.prefetch = 2  # batches; one of 4096 images holds 1 GB, divided by the processes
     config.data.images.evaluation_datasets = IMAGE_EVALUATION
-    config.data.videos.evaluation_datasets = VIDEO_EVALUATION
     config.evaluate.max_items = 1000  # a gallery while training and at the end; 0: the whole split
     return config
 

@@ -149,6 +149,19 @@ def test_a_resolution_that_patches_do_not_divide_is_named():
         check(config, ROBERTA_VOCAB, devices=8)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_the_public_data_sets_of_a_config_have_the_splits_that_it_reads(name):
+    config = load(name).get_config()
+    e = config.evaluate
+    held_out = {e.final_split} | ({e.split} if e.every or len(e.matching_weights) > 1 else set())
+    for stream in active_streams(config):
+        trained, evaluated = config.data[stream].datasets, config.data[stream].evaluation_datasets
+        wanted = [(trained, {"train"}), (evaluated if any(evaluated) else trained, held_out)]
+        for dataset, splits in ((dataset, splits) for datasets, splits in wanted for dataset in datasets):
+            public = getattr(builders.builder_module(dataset.partition("/")[0]), "DATASET", None)
+            assert public is None or splits <= set(public.published), dataset
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_a_data_set_that_is_not_prepared_is_an_error_that_says_how_to(name, tmp_path):
     config = finalized(name)

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -132,7 +133,7 @@ def _encoded_jpeg(image: Image.Image) -> bytes | None:
     if not untouched or not isinstance(file, io.BytesIO):
         return None
     data = file.getvalue()
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)  # `_decode_jpeg` is strict
     return data if (int(width), int(height)) == image.size else None
 
 
@@ -146,15 +147,48 @@ def _jpeg_scale(size: tuple[int, int], at_least: Iterable[float] | None) -> int:
 
 def _decode_jpeg(data: bytes, scale: int, colours: str) -> UInt8[np.ndarray, "H W _"]:
     """libjpeg-turbo at 1/scale: the same bytes as Pillow's, which keeps silent where data are damaged or missing."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     least = {"min_width": -(-int(width) // scale), "min_height": -(-int(height) // scale)}
+    decode = partial(simplejpeg.decode_jpeg, colorspace=colours, **least, min_factor=scale)
     try:
-        return simplejpeg.decode_jpeg(data, colours, **least, min_factor=scale, strict=True)
+        return decode(data, strict=True)
     except ValueError as error:
+        if (mended := _mended_header(data, colours)) != data:
+            return _decode_jpeg(mended, scale, colours)
         stray = _STRAY.search(str(error))
         if stray is None or int(stray[1]) > _MOST_STRAY_BYTES:
             raise
-        return simplejpeg.decode_jpeg(data, colours, **least, min_factor=scale, strict=False)
+        return decode(data, strict=False)
+
+
+def _mended_header(data: bytes, colours: str) -> bytes:
+    """The same JPEG with the usual values in fields that decoders warn of, though they say nothing of the pixels.
+
+    Instead of letting these warnings pass, because a strict decoder stops at the first and would miss damage behind it:
+    the coefficients that a sequential scan names (some Samsung phones write 0 to 0; it always holds 0 to 63), a version
+    of JFIF other than 1, an unknown transform of Adobe's.
+    """
+    mended, place, sequential = bytearray(data), 2, False
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, body = data[place + 1], place + 4
+        end = place + 2 + int.from_bytes(data[place + 2 : body])
+        if marker == 0xFF:  # fills
+            place += 1
+            continue
+        if end < body or end > len(data):
+            break
+        if marker in (0xC0, 0xC1):
+            sequential = True
+        elif marker == 0xE0 and data[body : body + 5] == b"JFIF\0" and end - body >= 14:
+            mended[body + 5] = 1
+        elif marker == 0xEE and data[body : body + 5] == b"Adobe" and end - body >= 12 and data[body + 11] > 2:
+            mended[body + 11] = 2 if colours == "CMYK" else 1  # what decoders assume
+        elif marker == 0xDA:
+            if sequential and end - body >= 6:
+                mended[end - 3 : end] = bytes((0, 63, 0))
+            break
+        place = end
+    return bytes(mended)
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

@@ -131,6 +131,33 @@ def test_a_little_padding_in_a_jpeg_is_no_damage():
     np.testing.assert_array_equal(images.decode_image(padded), images.decode_image(data))
 
 
+def with_zero_spectrum(data: bytes) -> bytes:
+    """As some Samsung phones write the header of a scan: coefficients 0 to 0 instead of 0 to 63."""
+    scan = data.index(b"\xff\xda")
+    end = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])
+    return data[: end - 3] + bytes(3) + data[end:]
+
+
+def of_jfif_2(data: bytes) -> bytes:
+    version = data.index(b"JFIF\0") + 5
+    return data[:version] + b"\x02" + data[version + 1 :]
+
+
+def with_unknown_transform(data: bytes) -> bytes:
+    """Adobe's marker in place of JFIF's."""
+    length = int.from_bytes(data[4:6])
+    return data[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(4) + b"\x07" + data[4 + length :]
+
+
+@pytest.mark.parametrize("odd", [with_zero_spectrum, of_jfif_2, with_unknown_transform])
+def test_an_odd_header_of_a_jpeg_is_no_damage_but_damage_behind_it_is(odd):
+    data = encode(photograph(), "JPEG", quality=90)
+    np.testing.assert_array_equal(images.decode_image(odd(data)), images.decode_image(data))
+    for damaged in (data[: len(data) // 2], loses_its_way(data)):
+        with pytest.raises(ValueError, match="cannot decode JPEG: (Corrupt JPEG data|Premature end)"):
+            images.decode_image(odd(damaged))
+
+
 def test_several_jpegs_in_one_file_give_the_first():
     data = encode(photograph(), "MPO", save_all=True, append_images=[gradient()], quality=90)
     assert images.open_image(data).format == "MPO"

@@ -155,7 +155,8 @@ def read_folder(media: Path) -> Iterator[Row | Problem]:
         elif stem in described:
             yield Problem(place, f"describes more than one file: {name} too")
         else:
-            lines = texts[stem].read_text("utf-8", errors="surrogateescape").splitlines()
+            # not splitlines(), which also divides at characters within a line, such as U+2028
+            lines = texts[stem].read_text("utf-8-sig", errors="surrogateescape").split("\n")
             captions = [line for line in lines if line.strip()]
             yield _checked(place, {"media": name, "captions": captions}, media, "", "")
         described.add(stem)
@@ -218,18 +219,18 @@ def _read_array(file: Path) -> list[Any] | None:
 def _read_csv(file: Path) -> _Values:
     # bytes that are no UTF-8 become lone surrogates here and are reported with their row
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             columns = table.fieldnames or ()
         except csv.Error as error:
             raise ValueError(f"caption file {file}: malformed first line: {error}") from error
         _require_columns(file, columns)
         while True:
-            place = Place(str(file), table.line_num + 1)
+            place = Place(str(file), table.reader.line_num + 1)
             try:
                 values = next(table, None)
             except csv.Error as error:
-                yield place, f"malformed CSV: {error}"
+                yield place, malformed(error, place.line, table.reader.line_num)
                 continue
             if values is None:
                 return
@@ -237,6 +238,15 @@ def _read_csv(file: Path) -> _Values:
                 yield place, f"{len(values[None])} more fields than columns; quote captions that hold the separator"
             else:
                 yield place, {key: value for key, value in values.items() if value is not None}
+
+
+def malformed(error: csv.Error, first: int, last: int) -> str:
+    """Why a row of a table, which took these lines, is none; for readers that are strict.
+
+    One that is not would take the rest of a file for a field whose quotation mark is not closed, and say nothing.
+    """
+    taken = f" Lines {first} to {last} were taken for one row" if last > first else ""
+    return f"malformed CSV: {error}; is a quotation mark not closed, or not doubled?{taken}"
 
 
 def _read_nlvr(file: Path) -> _Values:
@@ -325,7 +335,7 @@ def _checked(
             kind=kind,
             captions=tuple(checked_text(caption, "caption") for caption in captions),
             id=file.name if _absent(values.get("id")) else checked_text(str(values["id"]), "id"),
-            split=split or _split_name(values.get("split")),
+            split=split or split_name(values.get("split")),
             group=checked_text(str(values[split_by]), split_by) if split_by else "",
             unused=tuple(key for key in values if key not in (*_KNOWN_KEYS, split_by)),
         )
@@ -370,7 +380,8 @@ def checked_text(value: Any, name: str) -> str:
     return value.strip()
 
 
-def _split_name(value: Any) -> str:
+def split_name(value: Any) -> str:
+    """The name of a split, "" where there is none; UnusableError for what cannot be one."""
     if _absent(value):
         return ""
     name = str(value).strip().lower()

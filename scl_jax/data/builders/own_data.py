@@ -29,8 +29,10 @@ from scl_jax.data.builders.caption_files import (
     Place,
     Problem,
     Row,
+    UnusableError,
     read_folder,
     read_rows,
+    split_name,
 )
 from scl_jax.data.builders.problems import (
     LEFT_OUT_FILE,
@@ -229,7 +231,10 @@ def _caption_files(value: str) -> list[tuple[str, Path]]:
     files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path)))]
     if not files:
         raise FileNotFoundError(f"own_data: no caption file {pattern}")
-    return [(split, file) for file in files]
+    try:
+        return [(split_name(split), file) for file in files]
+    except UnusableError as error:
+        raise ValueError(f"own_data: --captions={value}: {error}") from error
 
 
 def _check_split_source(items: Sequence[Item], config: OwnDataConfig) -> None:

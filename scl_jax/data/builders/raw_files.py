@@ -22,6 +22,7 @@ from scl_jax.data.builders.caption_files import (
     UnusableError,
     a_few,
     arrow_table,
+    malformed,
     read_jsonl,
 )
 from scl_jax.data.builders.raw import Entries, Note, RawItem, RawSplits, RawText
@@ -141,14 +142,28 @@ def json_lines(file: Path) -> Iterator[tuple[Place, Any]]:
 
 
 def table(file: Path, separator: str, columns: Sequence[str] = ()) -> Iterator[tuple[Place, dict[str, str] | str]]:
-    """The rows of a table by column; `columns` names them where the file does not, and then quotes mean nothing."""
+    """The rows of a table by column; `columns` names them where the file does not, and then quotes mean nothing.
+
+    Raises:
+        ValueError: the first line, with the names of the columns, is malformed.
+    """
     quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.reader(lines, delimiter=separator, quoting=quoting)
-        names = list(columns) or next(rows, [])
+        rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        try:
+            names = list(columns) or next(rows, [])
+        except csv.Error as error:
+            raise ValueError(f"{file}: the first line: {malformed(error, 1, rows.line_num)}") from error
         needed = len(names)
-        for row in rows:
-            place = Place(str(file), rows.line_num)
+        while True:
+            place = Place(str(file), rows.line_num + 1)
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                yield place, malformed(error, place.line, rows.line_num)
+                continue
+            if row is None:
+                return
             if len(row) < needed:
                 yield place, f"{len(row)} fields, but {needed} are needed: {', '.join(names)}"
             else:

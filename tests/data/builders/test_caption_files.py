@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from scl_jax.data.builders.caption_files import Problem, read_rows
+from scl_jax.data.builders.caption_files import Problem, read_folder, read_rows
+from scl_jax.data.builders.raw_files import table
 
 
 @pytest.fixture
@@ -61,3 +62,31 @@ def test_another_separator_is_named(media, name, separator, hint):
     with pytest.raises(ValueError) as error:
         read(media, name, f"image{separator}caption\n0.png{separator}c\n".encode())
     assert str(error.value).endswith(f"; are they separated by {hint}")
+
+
+@pytest.mark.parametrize("rest", ["1.png,b\n", '1.png,"b"\n', ""])
+def test_a_quotation_mark_that_is_not_closed_is_said_with_the_lines_that_it_takes(media, rest):
+    first, problem = read(media, "c.csv", f'image,caption\n0.png,a\n0.png,"not closed\n{rest}'.encode())
+    assert first.captions == ("a",) and problem.place.line == 3
+    assert "is a quotation mark not closed" in problem.reason
+    assert ("Lines 3 to 4 were taken for one row" in problem.reason) == bool(rest)
+    *rows, last = table(media / "c.csv", ",")
+    assert [values for _, values in rows] == [{"image": "0.png", "caption": "a"}]
+    assert last == (problem.place, problem.reason)
+
+
+def test_a_table_of_an_owner_is_read_on_behind_a_malformed_row(media):
+    (media / "t.csv").write_text(f'a,b\n1,{"x" * 200_000}\n2,"y\nz"\n3\n')
+    (_, large), (place, row), (_, short) = table(media / "t.csv", ",")
+    assert "field larger than" in large and row == {"a": "2", "b": "y\nz"} and place.line == 3
+    assert short == "1 fields, but 2 are needed: a, b"
+    (media / "t.csv").write_text('a,"b\n1,2\n')
+    with pytest.raises(ValueError, match="t.csv: the first line: malformed CSV: unexpected end of data"):
+        list(table(media / "t.csv", ","))
+
+
+def test_texts_beside_files_are_divided_at_ends_of_lines_only(media):
+    (media / "0.txt").write_bytes("first\r\nsecond\u2028still\rthird\n".encode("utf-8-sig"))
+    (media / "1.txt").write_text("a\x85b")
+    first, second = read_folder(media)
+    assert first.captions == ("first", "second\u2028still", "third") and second.captions == ("a\x85b",)

@@ -209,10 +209,12 @@ def test_splits_from_a_column_and_from_one_file_each(tmp_path, media):
     assert [r["id"] for r in records(tmp_path, "test2")] == ["02.png"]
     files = [
         f"{split}={write_jsonl(tmp_path / f'{split}.jsonl', [{'image': f'{i:02d}.png', 'caption': 'c'}])}"
-        for i, split in enumerate(("train", "validation"))
+        for i, split in enumerate(("train", "val"))  # as in a column, val means validation
     ]
     prepare(NAME, tmp_path / "again", captions=files, media=str(media))
     assert open_source(NAME, "validation", tmp_path / "again")[0]["id"] == "01.png"
+    with pytest.raises(ValueError, match="--captions=all=.*: split 'all' is no name of letters"):
+        prepare(NAME, tmp_path / "all", captions=[f"all={tmp_path / 'val.jsonl'}"], media=str(media))
 
 
 def test_hashed_splits_are_stable_and_no_group_lies_in_two(tmp_path, media):

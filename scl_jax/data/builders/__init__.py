@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +33,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 _NAME = re.compile(r"([a-z][a-z0-9_]*)/([A-Za-z0-9][A-Za-z0-9_.-]*)")
 _SPLIT_OPTIONS = "evaluate.split and evaluate.final_split name the splits that a run evaluates"
 _OPTIONS_FILE = "prepared_with.json"
+_LAST_FILE = "dataset_info.json"  # as TFDS writes it: a folder without it is incomplete
 _OPENED_AT_ONCE = 16  # shards whose index is looked at
 
 
@@ -210,27 +211,43 @@ def prepare(name: str, data_dir: str | Path, *, overwrite: bool = False, **optio
     """Writes the shards of a data set and returns their folder; a data set already there is kept.
 
     `options` go to `make_builder` of the data set and are noted beside the shards, so that a data set prepared with
-    other options is a ValueError instead of a silent reuse; `overwrite` deletes it first.
+    other options is a ValueError instead of a silent reuse; `overwrite` deletes it first. What is there without its
+    dataset_info.json was left by an attempt that did not end, and is made again.
     """
     builder_name, config_name = _parse(name)
     make_builder = builder_module(builder_name).make_builder
     builder = make_builder(config_name, str(Path(data_dir).expanduser()), **options)
     folder = Path(builder.data_dir)
     options_file = folder / _OPTIONS_FILE
-    noted = json.dumps(options, indent=2, sort_keys=True, default=str)
-    if folder.exists() and overwrite:
+    whole = (folder / _LAST_FILE).exists()
+    if folder.exists() and (overwrite or not whole):
         shutil.rmtree(folder)
         builder = make_builder(config_name, str(Path(data_dir).expanduser()), **options)  # without what lay there
     if folder.exists():
-        if options_file.exists() and options_file.read_text() != noted:
+        if options_file.exists() and not _noted_as(options_file, options):
             raise ValueError(
                 f"{name} in {folder} was prepared with other options ({options_file}); "
                 "pass --overwrite to replace it, or choose another output folder"
             )
         return folder
     builder.download_and_prepare(file_format="array_record")
-    options_file.write_text(noted)
+    options_file.write_text(_note(options))
     return folder
+
+
+def _note(options: Mapping[str, Any]) -> str:
+    """The options of which the shards depend: not the number of threads, nor how the path of a folder is written."""
+    kept = {name: value for name, value in options.items() if name != "workers"}
+    if "source" in kept:
+        kept["source"] = str(Path(kept["source"]).expanduser().resolve())
+    return json.dumps(kept, indent=2, sort_keys=True, default=str)
+
+
+def _noted_as(file: Path, options: Mapping[str, Any]) -> bool:
+    try:
+        return _note(json.loads(file.read_text())) == _note(options)
+    except ValueError:  # half a note
+        return False
 
 
 def _is_text(feature: Any) -> bool:
@@ -255,8 +272,7 @@ def _parse(name: str) -> tuple[str, str]:
 
 
 def _newest_version(folder: Path) -> Path | None:
-    # TFDS writes dataset_info.json last: a folder without it is incomplete
-    versions = [path.parent for path in folder.glob("*.*.*/dataset_info.json")]
+    versions = [path.parent for path in folder.glob(f"*.*.*/{_LAST_FILE}")]
     return max(versions, key=lambda path: tfds.core.Version(path.name), default=None)
 
 

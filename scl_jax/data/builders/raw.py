@@ -248,22 +248,35 @@ class RawPreparation:
         return [partial(write, start) for start in range(0, len(items), size)]
 
     def _join(self, parts: Path, written: Mapping[str, dict[str, Any]], classes: Sequence[str]) -> None:
-        """Moves the shards of the splits to one folder and writes what describes them, last."""
+        """Puts the shards of the splits and what describes them in one folder, which appears whole or not at all.
+
+        Those of `parts` stay, so that a preparation that is killed here has lost nothing.
+        """
         target = Path(self.data_dir)
-        target.mkdir(parents=True)
+        joined = target.with_name("joined")
+        shutil.rmtree(joined, ignore_errors=True)
+        joined.mkdir(parents=True)
         infos = []
         for split in written:
             builder = _split_builder(self._dataset, parts / split)
             info = builder.info.splits[split]
             for path in info.filepaths:
-                shutil.move(path, target)
+                _link(Path(path), joined)
             infos.append(info.replace(filename_template=info.filename_template.replace(data_dir=target)))
         whole = self._target.info
         whole.metadata["classes"] = list(classes)
         for key in ("texts", "notes"):
             whole.metadata[key] = {split: report[key] for split, report in written.items()}
         whole.set_splits(SplitDict(infos))
-        whole.write_to_directory(target)
+        whole.write_to_directory(joined)
+        joined.rename(target)
+
+
+def _link(file: Path, folder: Path) -> None:
+    try:
+        (folder / file.name).hardlink_to(file)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, folder)
 
 
 class _SplitBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):

@@ -391,3 +391,43 @@ def test_an_interrupted_preparation_goes_on_with_the_split_it_was_at(trees, tmp_
     prepare_dataset(name, out, overwrite=False, options=options)
     assert seen == ["1000.jpg", "1001.jpg", "1001.jpg", "1002.jpg"]
     assert [len(open_source(name, split, out)) for split in ("train", "validation", "test")] == [1, 1, 1]
+
+
+def test_splits_that_were_being_put_together_are_not_lost(trees, tmp_path, monkeypatch):
+    name, out, options = "flickr30k/captions", tmp_path / "out", {"source": str(trees["flickr30k/captions"][0])}
+    link, loaded, load = raw._link, [], raw.load
+
+    def interrupted(file, folder):
+        if "validation" in file.name:
+            raise KeyboardInterrupt
+        link(file, folder)
+
+    monkeypatch.setattr(raw, "load", lambda dataset, item: loaded.append(item.id) or load(dataset, item))
+    monkeypatch.setattr(raw, "_link", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(name, out, overwrite=False, options=options)
+    monkeypatch.setattr(raw, "_link", link)
+    prepare_dataset(name, out, overwrite=False, options=options)
+    assert len(loaded) == 3 and [path.name for path in out.iterdir()] == ["flickr30k"]
+    assert [len(open_source(name, split, out)) for split in ("train", "validation", "test")] == [1, 1, 1]
+
+
+def test_a_folder_without_its_description_is_made_again(trees, tmp_path):
+    name, options = "flickr30k/captions", {"source": str(trees["flickr30k/captions"][0]), "splits": ["test"]}
+    folder = prepare(name, tmp_path, **options)
+    (folder / "dataset_info.json").unlink()
+    (folder / "remains").touch()
+    assert prepare(name, tmp_path, **options) == folder and not (folder / "remains").exists()
+    assert len(open_source(name, "test", tmp_path)) == 1
+
+
+def test_options_that_change_no_shard_are_no_other_options(trees, tmp_path, monkeypatch):
+    name, source = "flickr30k/captions", trees["flickr30k/captions"][0]
+    folder = prepare(name, tmp_path, source=str(source), splits=["test"], workers=1)
+    monkeypatch.chdir(source.parent)
+    assert prepare(name, tmp_path, source=f"{source.name}/", splits=["test"], workers=3) == folder
+    old = {"source": f"{source}/", "splits": ["test"], "workers": 4}  # as earlier versions noted it
+    (folder / "prepared_with.json").write_text(json.dumps(old, indent=2))
+    assert prepare(name, tmp_path, source=str(source), splits=["test"]) == folder
+    with pytest.raises(ValueError, match="was prepared with other options"):
+        prepare(name, tmp_path, source=str(source), splits=["train"])

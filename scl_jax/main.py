@@ -20,11 +20,18 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then e
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of the first process, where nothing else names it.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes run, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process", -1, "Which one this is, from 0, with --coordinator.")
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status of training that SIGTERM or Ctrl-C ended early, saved; above 0 where a launcher takes 0 for complete.",
+    lower_bound=0,
+    upper_bound=255,
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command."""
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"what is {' '.join(argv[1:])}? Options are written --config.name=value")
     logging.set_verbosity(logging.WARNING)
@@ -43,7 +50,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     with distributed.EndAtOnce():
-        _run()
+        complete = _run()
+    return 0 if complete else _STOPPED_STATUS.value
 
 
 # what helps where a device's memory is too small
@@ -54,7 +62,8 @@ LESS_MEMORY = (
 )
 
 
-def _run() -> None:
+def _run() -> bool:
+    """Trains or evaluates; False where a signal ended training early."""
     import jax
 
     from scl_jax.compilation_cache import keep_compiled
@@ -65,10 +74,10 @@ def _run() -> None:
     keep_compiled(_CONFIG.value.compilation_cache)
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
-        if _MODE.value == "evaluate":
-            session.evaluate()
-        else:
-            session.train()
+        if _MODE.value == "train":
+            return session.train()
+        session.evaluate()
+        return True
     except (ValueError, OSError) as error:
         full = "" if isinstance(error, ValueError) else no_space(error)
         then = f" ({full}: make room; the same command continues from the newest checkpoint)" if full else ""

@@ -32,7 +32,7 @@ from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, 
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
-from scl_jax.training.distributed import meet
+from scl_jax.training.distributed import end_at_sigterm, meet
 from scl_jax.training.inspection import Inspection
 from scl_jax.training.logging import RunLog
 from scl_jax.training.loop import Feed, Schedule, Window, train
@@ -220,6 +220,7 @@ class Session:
                     raise
                 raise NonFiniteError(f"{error} {self._blame(graph, error)}", (), error.record) from error
             if complete:
+                end_at_sigterm()
                 step = self.chosen_step()
                 if step not in (None, int(state.step)):
                     state = abstract_state(state)  # lets its numbers go before others come
@@ -286,6 +287,7 @@ class Session:
 
     def evaluate(self) -> None:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""
+        end_at_sigterm()
         with held(self.workdir, self.is_main):
             self._evaluate()
 

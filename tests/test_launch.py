@@ -67,10 +67,23 @@ def test_gpus_of_this_machine():
 def test_a_slurm_job_runs_one_process_a_node_and_comes_back_until_it_is_complete():
     command, again = printed("slurm.sbatch", "--workdir=/shared/joint", *TRAIN)
     assert command[:3] == ["srun", "--kill-on-bad-exit=1", "--label"]
-    assert main_of(command) == ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    assert main_of(command) == ["--stopped_status=75", *words]
     assert again[:2] == ["scontrol", "requeue"]
     header = [line for line in (ROOT / "launch/slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --signal=TERM@300", "#SBATCH --requeue"} <= set(header)
+
+
+@pytest.mark.parametrize(("status", "again"), [(0, False), (1, False), (75, True), (143, True)])
+def test_a_slurm_job_comes_back_where_a_signal_ended_it(tmp_path, status, again):
+    for name, line in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/told')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "results.json").touch()  # of an evaluation in between
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = subprocess.run(["bash", "launch/slurm.sbatch", f"--workdir={tmp_path}", *TRAIN], cwd=ROOT, env=env)
+    assert done.returncode == (0 if again else status) and (tmp_path / "told").exists() == again
+    assert not again or (tmp_path / "told").read_text() == "requeue 7\n"
 
 
 def test_a_tpu_slice_from_creation_to_deletion():
@@ -171,7 +184,10 @@ def test_a_job_set_is_filled_in():
     (container,) = pod["containers"]
     assert container["image"] == "registry/scl_jax:1" and container["resources"]["limits"] == {"google.com/tpu": 4}
     words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
-    assert container["command"] == ["python", "-m", "scl_jax.main"] and container["args"] == words
+    assert container["command"] == ["python", "-m", "scl_jax.main"] and container["args"] == [
+        "--stopped_status=75",
+        *words,
+    ]
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount == {"name": volume["name"], "mountPath": "/shared"}
     assert volume["persistentVolumeClaim"] == {"claimName": "share"}

@@ -318,13 +318,18 @@ def test_sigkill_at_a_random_moment(data_dir, tmp_path, devices, accumulate):
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well(data_dir, tmp_path):
     process = toy_run.run_main(
-        data_dir, tmp_path, 1, "--config.train.steps=5000", "--config.train.checkpoint_every=5000"
+        data_dir,
+        tmp_path,
+        1,
+        "--config.train.steps=5000",
+        "--config.train.checkpoint_every=5000",
+        "--stopped_status=75",
     )
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0
+    assert process.wait() == 75
     saved = Checkpoints(tmp_path / "checkpoints").latest()
     assert saved is not None and saved == metrics_of(tmp_path)[-1]["step"]

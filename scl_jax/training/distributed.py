@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -272,6 +273,14 @@ class CompiledTogether:
         step.lower(state, batch, active).compile()
         meet(f"compiled step {len(self._kinds)}", self._timeout)
         self._kinds.add(kind)
+
+
+def end_at_sigterm() -> None:
+    """Gives SIGTERM its usual effect for the rest of the process, exit status 143: behind the training loop, where
+    nothing is left to save and nobody asks JAX's handler, which many processes have, what it noted.
+    """
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class EndAtOnce:

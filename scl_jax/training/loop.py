@@ -7,6 +7,7 @@ the log is due, so the loop never waits for the device except to keep no more th
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -136,13 +137,15 @@ class StopRequest:
     """Notices SIGTERM (and the first Ctrl-C), so that the loop can save and end; restores the handlers afterwards.
 
     Where several processes run, JAX's own handler of SIGTERM stays: a signal to any of them makes all agree, in the
-    background, on a step that none has passed yet.
+    background, on a step that none has passed yet. Ctrl-C is passed on to it.
     """
 
     def __enter__(self) -> StopRequest:
-        self.received = False
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._old = {number: signal.signal(number, self._handle) for number in numbers}
+        self.received = self._passed_on = False
+        handlers: dict[int, Any] = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: self._pass_on}
+        self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def stops_after(self, step: int) -> bool:
@@ -154,6 +157,12 @@ class StopRequest:
         if self.received:  # a second time: at once
             raise KeyboardInterrupt
         self.received = True
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        if self._passed_on:
+            raise KeyboardInterrupt
+        self._passed_on = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():

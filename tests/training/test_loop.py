@@ -17,7 +17,7 @@ from orbax.checkpoint import JsonCheckpointHandler
 
 from scl_jax.training.checkpoint import Checkpoints
 from scl_jax.training.logging import RunLog
-from scl_jax.training.loop import Feed, Schedule, Window, train
+from scl_jax.training.loop import Feed, Schedule, StopRequest, Window, train
 from scl_jax.training.nonfinite import SKIPPED, Guard
 from scl_jax.training.sharding import make_mesh
 from scl_jax.training.state import TrainState
@@ -133,6 +133,20 @@ def test_a_trace_is_written_when_a_signal_ends_the_run(tmp_path, traces):
         tmp_path, profile=(1, 5), before=lambda number: number == 3 and os.kill(os.getpid(), signal.SIGTERM)
     )
     assert not complete and int(state.step) < 4 and traces == ["start", "stop"]
+
+
+def test_ctrl_c_is_passed_on_to_the_handler_that_many_processes_have(monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+        signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.fixture

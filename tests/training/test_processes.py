@@ -150,10 +150,11 @@ def test_processes_train_as_one_and_restart_as_any_number(data_dir, tmp_path, co
             assert_close(run.metrics(), alone.metrics())
 
 
-def test_sigterm_to_one_of_two_saves_the_same_step_everywhere(data_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_saves_the_same_step_everywhere(data_dir, tmp_path, number):
     steps = ("--config.train.steps=5000", "--config.train.checkpoint_every=5000")
     run = Run(data_dir, tmp_path / "run", 2, 2, *steps).until_step(3)
-    run.processes[1].send_signal(signal.SIGTERM)
+    run.processes[1].send_signal(number)
     run.ends_well()
     assert Checkpoints(run.workdir / "checkpoints").latest() == run.metrics()[-1]["step"] < 5000
 

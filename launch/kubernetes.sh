@@ -33,7 +33,7 @@ fill() { # the values of the template, each as often as it occurs
   local text
   text=$(<launch/jobset.yaml)
   for key in name image accelerator topology hosts chips volume arguments; do
-    text=${text//\$\{$key\}/${!key}}
+    text=${text//\$\{$key\}/"${!key}"} # quoted: bash 5.2 would put the pattern in place of an "&"
   done
   echo "$text"
 }

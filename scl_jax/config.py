@@ -276,10 +276,14 @@ def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: in
 
 
 def _shrink(config: ConfigDict) -> None:
-    """A smoke run of the same code: a network of width 32, batches of 16, 20 steps."""
+    """A smoke run of the same code: a network of width 32, batches of 16, 20 steps.
+
+    No published encoder has this size; a checkpoint may, as that of another smoke run.
+    """
     sizes = {"width": 32, "heads": 2, "mlp_width": 64, "layers": 2}
     for part in (config.model.vision, config.model.text, config.model.fusion):
         part.update(sizes)
+    config.init.update(vision="", text="")
     config.model.projection_width = 16
     config.model.dtype = "float32"
     config.model.vision.image_size = 4 * config.model.vision.patch_size

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from scl_jax.config_flag import CONFIG as _CONFIG
 from scl_jax.tpu_compiler import roomy_stacks
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and results go; a run there is continued.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results; a run there is continued.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train (then evaluate), or evaluate a checkpoint.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of the first process, where nothing else names it.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes run, with --coordinator.")
@@ -93,10 +93,17 @@ def parse(arguments: list[str]) -> list[str]:
     for argument in arguments[1:]:
         name, _, value = argument.partition("=")
         file = value.partition(":")[0]
-        if name.lstrip("-") == "config" and file and not Path(file).exists():
+        if name.lstrip("-") == "config" and file and (not Path(file).exists() or Path(file).is_dir()):
             sys.exit(f"error: there is no config file {file}")
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        *_, last = str(error).strip().splitlines()
+        if "get_config() takes" in last or "this config has no variant" in last:
+            sys.exit(
+                f"error: what stands behind the colon of --config is nothing that the config takes ({last.strip()})"
+            )
+        return app.parse_flags_with_usage(arguments)  # says it in absl's way, and ends
     except (AttributeError, KeyError) as error:
         # an override; a mistake within the config file keeps its traceback
         if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):

@@ -39,7 +39,7 @@ from scl_jax.training.loop import Feed, Schedule, Window, train
 from scl_jax.training.nonfinite import Guard, NonFiniteError, records
 from scl_jax.training.records import write_json
 from scl_jax.training.state import TrainState, init_state, plan_state
-from scl_jax.training.workdir import held
+from scl_jax.training.workdir import held, located
 
 
 class Session:
@@ -50,10 +50,11 @@ class Session:
     Raises:
         ConfigError: all options that cannot work, and all they name that is missing, with how to make it; or options
             that differ from those the work directory was begun with.
+        WorkdirError: the work directory is no folder but an address.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path | str, mode: str = "train"):
-        self.workdir, problems = Path(workdir), []
+        self.workdir, problems = located(workdir), []
         named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
         load = partial(load_run_tokenizer, self.workdir) if mode == "replay" else load_tokenizer
         tokenizer = tried(problems, lambda: load(named), None)

@@ -126,7 +126,12 @@ def conceptual_captions(tree: Path, arrows: Path) -> None:
         rows = [f'{CAPTIONS[number][-1]} "so"\t{url}' for number, url in enumerate(urls)]
         rows[2] += "\tmine/two.jpg"
         put(tree / table, "\n".join(rows) + "\n")
-        names = [f"0_{zlib.crc32(urls[0].encode())}", f"{1:09d}.jpg", "mine/two.jpg"]
+        numbered = f"{1:09d}.jpg"
+        names = [
+            f"0_{zlib.crc32(urls[0].encode())}",
+            numbered if split == "val" else f"00000/{numbered}",
+            "mine/two.jpg",
+        ]
         for number, name in enumerate(names):
             put(tree / folder / name, jpeg(number))
         texts = [[row.split("\t")[0]] for row in rows]

@@ -180,6 +180,8 @@ def test_a_value_of_the_wrong_type_is_an_error(parse, override):
     ("arguments", "message"),
     [
         (["--config=nowhere.py"], "error: there is no config file nowhere.py"),
+        (["--config=configs"], "error: there is no config file configs"),
+        ([f"--config={QUICKSTART}:toy"], "error: what stands behind the colon .* takes 0 positional arguments"),
         ([f"--config={QUICKSTART}", "--config.trane.steps=7"], 'error: .* not have: trane; did you mean "train"'),
     ],
 )
@@ -220,6 +222,12 @@ def test_debug_shrinks_every_part_and_runs_every_objective():
     assert {small.data[stream].batch_size for stream in active_streams(small)} == {16}
     assert all(small.objectives[name].start < small.train.steps for name in OBJECTIVES)
     assert config.model.text.width == 768
+
+
+def test_debug_starts_from_no_encoder_of_full_size():
+    config = config_with(debug=True, **{"init.vision": "openai/clip", "init.text": "roberta-base"})
+    config.init.checkpoint = "runs/small"  # of a run that may be as small
+    assert finalize(config, VOCAB).init.to_dict() == {"checkpoint": "runs/small", "vision": "", "text": ""}
 
 
 def test_debug_of_the_quickstart_passes(parse):

@@ -24,7 +24,7 @@ from scl_jax.replay import replay
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import CheckpointError, Checkpoints
 from scl_jax.training.nonfinite import SKIPPED, NonFiniteError, records
-from scl_jax.training.workdir import WorkdirError, held
+from scl_jax.training.workdir import WorkdirError, held, located
 from tests.faults import runs
 from tests.faults.poison import poison
 
@@ -165,6 +165,17 @@ def three_checkpoints(data_dir, tmp_path_factory) -> Path:
 
 
 KEEP = {"train.keep_latest": 3}
+
+
+@pytest.mark.parametrize("named", ["gs://bucket/run", "s3://b", Path("gs://bucket/run")])
+def test_a_work_directory_that_is_an_address_is_refused(named):
+    with pytest.raises(WorkdirError, match="is an address: name a folder"):
+        located(named)
+
+
+def test_a_work_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert located("~/runs/a:b") == tmp_path / "runs/a:b" and located("runs/a") == Path("runs/a")
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_continued(

@@ -162,7 +162,8 @@ def appears(file: Path) -> None:
 
 
 def test_a_job_set_is_filled_in():
-    done = run("kubernetes.sh", *KUBERNETES, "--dry_run")
+    project = "--config.log.wandb_project=a&b"
+    done = run("kubernetes.sh", *KUBERNETES, project, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("kubectl apply -f - <<'JOBSET'\n") and done.stdout.endswith("\nJOBSET\n")
     job_set = yaml.safe_load(done.stdout.split("\n", 1)[1].removesuffix("JOBSET\n"))
@@ -183,7 +184,7 @@ def test_a_job_set_is_filled_in():
     }
     (container,) = pod["containers"]
     assert container["image"] == "registry/scl_jax:1" and container["resources"]["limits"] == {"google.com/tpu": 4}
-    words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8"]
+    words = ["--config=configs/pretrain_joint.py", "--workdir=/shared/joint", "--config.mesh.fsdp=8", project]
     assert container["command"] == ["python", "-m", "scl_jax.main"] and container["args"] == [
         "--stopped_status=75",
         *words,

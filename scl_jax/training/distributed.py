@@ -141,15 +141,15 @@ def _slurm(env: Mapping[str, str]) -> Processes | None:
 
 
 def first_node(nodes: str) -> str:
-    """The first host of Slurm's compact list: `gpu[003-010,012],login1` → `gpu003`.
+    """The first host of Slurm's compact list: `gpu[003-010,012],login1` → `gpu003`, `r[1-2]n[1-4]` → `r1n1`.
 
     Raises:
         ClusterError: no host can be read from it.
     """
-    found = re.match(r"([\w.\-]+)(?:\[([\w]+)[^\]]*\]([\w.\-]*))?", nodes)
+    found = re.match(r"(?:[\w.\-]|\[\w[^\]]*\])+(?=,|$)", nodes)  # up to the first comma that is in no brackets
     if not found:
         raise ClusterError(f"SLURM_STEP_NODELIST is {nodes!r}; no host can be read from it")
-    return found[1] + (found[2] or "") + (found[3] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
 
 
 def _tasks_of_node(counts: str, node: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,19 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # file sys
 
 class WorkdirError(ValueError):
     """A work directory that cannot be written, or that another process is using."""
+
+
+def located(workdir: Path | str) -> Path:
+    """A work directory as it was named, its `~` resolved.
+
+    Raises:
+        WorkdirError: an address of a bucket, which would be taken for a folder here.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", str(workdir)):  # a Path has lost the second slash
+        raise WorkdirError(
+            f"--workdir={workdir} is an address: name a folder, which all hosts see where there are many"
+        )
+    return Path(workdir).expanduser()
 
 
 @contextmanager

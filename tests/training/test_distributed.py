@@ -55,6 +55,7 @@ def test_the_batch_script_of_slurm_is_no_task():
         ("n[001-003]", "n001"),
         ("gpu-a[3,5-7],gpu-b1", "gpu-a3"),
         ("r[1-2]c3,x", "r1c3"),
+        ("rack[1-2]node[03-4,6]x,y", "rack1node03x"),
         ("a.b.c", "a.b.c"),
     ],
 )

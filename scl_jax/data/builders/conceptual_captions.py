@@ -5,9 +5,10 @@
     training/…  validation/…                   what could be downloaded
 
 Without a third column, an image of line N (from 0) may be called `<N>_<crc32 of the address>`, as the usual download
-script does, or N padded to nine digits, as img2dataset does, with or without .jpg. Instead of the tables:
-train_annot.json and val_annot.json, [["folder/name.jpg", "a caption"], …], with images below images_train and
-images_val. Arrow files: conceptual_caption_{train,val}_*.arrow.
+script does, with or without .jpg, or N in nine digits and .jpg, also in a folder for every 10,000 (00002/000020001.jpg)
+as img2dataset numbers the rows of a whole table in its format "files". Instead of the tables: train_annot.json and
+val_annot.json, [["folder/name.jpg", "a caption"], …], with images below images_train and images_val. Arrow files:
+conceptual_caption_{train,val}_*.arrow.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _FILES = {  # by split: table, list, folders of images
     "train": ("Train_GCC-training.tsv", "train_annot.json", ("training", "images_train")),
     "validation": ("Validation_GCC-1.1.0-Validation.tsv", "val_annot.json", ("validation", "images_val")),
 }
+_OF_A_FOLDER = 10_000  # img2dataset's number_sample_per_shard
 
 
 def read_tree(source: Path) -> RawSplits:
@@ -51,8 +53,10 @@ def _entries(source: Path, table_name: str, list_name: str, folders: tuple[str, 
 
     def make(place: Place, entry: dict[str, str]) -> RawItem:
         number, address = place.line - 1, entry["address"]
-        stems = (f"{number}_{zlib.crc32(address.encode('utf-8', 'surrogateescape'))}", f"{number:09d}")
-        names = (entry["more"],) if entry.get("more") else (stems[0], f"{stems[0]}.jpg", f"{stems[1]}.jpg")
+        stem = f"{number}_{zlib.crc32(address.encode('utf-8', 'surrogateescape'))}"
+        numbered_name = f"{number:09d}.jpg"
+        names = (stem, f"{stem}.jpg", numbered_name, f"{number // _OF_A_FOLDER:05d}/{numbered_name}")
+        names = (entry["more"],) if entry.get("more") else names
         return RawItem(place, f"{folder.name}/{number:09d}", (Located(folder, names),), (RawText(entry["caption"]),))
 
     yield from each(table(file, "\t", ("caption", "address")), make)

@@ -27,8 +27,14 @@ def check_config(config: ConfigDict, workdir: Path) -> None:
     """A work directory that holds a checkpoint can only be continued with the same config.
 
     Raises:
-        ConfigError: with all differences; options younger than the run count with their default.
+        ConfigError: with all differences; options younger than the run count with their default. Or nothing says which
+            config it was begun with, so that another one's shapes would be taken for damage of its checkpoints.
     """
+    if is_begun(workdir) and not (workdir / "config.json").exists():
+        raise ConfigError(
+            f"{workdir} holds checkpoints, but no config.json says of which config: put it back (a run begun with the "
+            "same command in another --workdir writes the same one), or choose another --workdir"
+        )
     before = config_before(workdir)
     if before and has_tokenizer(workdir):
         before.data.tokenizer = config.data.tokenizer  # may lie elsewhere: `other_tokenizer` looks into it

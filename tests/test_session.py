@@ -153,6 +153,13 @@ def test_another_config_in_the_same_work_directory_is_refused(data_dir, tmp_path
     Session(toy_run.config(data_dir, **{"train.steps": 1, "log.every": 7}), tmp_path)  # does not matter
 
 
+def test_checkpoints_whose_config_is_lost_are_refused_and_stay(data_dir, tmp_path):
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds checkpoints, but no config\.json says of which config: put it back"):
+        Session(toy_run.config(data_dir, **{"train.steps": 1, "mesh.data": -1}), tmp_path)
+    assert (tmp_path / "checkpoints/1").exists()
+
+
 def test_a_run_begun_before_an_option_existed_can_be_continued(data_dir, tmp_path):
     changes = {"train.steps": 1, "mesh.data": -1}
     before = json.loads(json.dumps(Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict()))

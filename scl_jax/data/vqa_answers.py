@@ -3,7 +3,8 @@
 The rules are those published at https://visualqa.org/evaluation.html (Antol et al., ICCV 2015; Goyal et al., CVPR
 2017), in the form of the challenge's evaluation: lower case; periods go except in decimals; number words become digits;
 articles go; a missing apostrophe of a contraction is put back; other punctuation becomes a space, or nothing where it
-stands beside one. Apostrophes and colons stay ("girl's", "2:50").
+stands beside one. Apostrophes and colons stay ("girl's", "2:50"). What is normalised when is that of the published
+script (github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, since March 2021).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _CONTRACTIONS = dict(_without_one_apostrophe(_CONTRACTED)) | {"somebody'd": "som
 
 def normalise_answer(answer: str) -> str:
     """An answer as the official evaluation compares it: "The two dogs." → "2 dogs"."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = _on_one_line(answer)
     has_number = _COMMA_BETWEEN_DIGITS.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
@@ -53,18 +54,33 @@ def normalise_answer(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_score(predicted: str, ten_answers: Sequence[str]) -> float:
-    """The official accuracy of one prediction, 0 to 1, both sides normalised.
+def _on_one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
-    The mean over the subsets that leave one person out of min(1, agreeing people / 3).
+
+def handed_in(answer: str) -> str:
+    """A normalised answer as it is handed in and scored: itself, and "a" for "".
+
+    Articles alone normalise to "", a class of the published vocabularies, but an empty answer is refused; "a" is
+    normalised to it, and is what all ten people said where they agree on it.
+    """
+    return answer or "a"
+
+
+def vqa_score(predicted: str, ten_answers: Sequence[str]) -> float:
+    """The official accuracy of one prediction, 0 to 1.
+
+    The mean over the subsets that leave one person out of min(1, agreeing people / 3). Both sides are normalised where
+    the people differ; where all gave one answer, the prediction has to be this answer to the letter.
 
     Raises:
         ValueError: without the people's answers.
     """
     if not ten_answers:
         raise ValueError("vqa_score needs the people's answers of the question; test questions have none")
-    prediction = normalise_answer(predicted)
-    agrees = [normalise_answer(answer) == prediction for answer in ten_answers]
+    compared = normalise_answer if len(set(map(_on_one_line, ten_answers))) > 1 else _on_one_line
+    prediction = compared(predicted)
+    agrees = [compared(answer) == prediction for answer in ten_answers]
     count = sum(agrees)
     return sum(min(1.0, (count - agreeing) / 3) for agreeing in agrees) / len(agrees)
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from scl_jax.data.task_pipeline import TaskEvaluationSet
-from scl_jax.data.vqa_answers import vqa_score
+from scl_jax.data.vqa_answers import handed_in, vqa_score
 from scl_jax.evaluation.gallery import queued
 from scl_jax.models import parameters
 from scl_jax.models.parameters import Params
@@ -62,7 +62,8 @@ class ClassificationEvaluation:
                     "of training, in their order: evaluate on the data set that was trained on"
                 )
         self.sets = sets
-        self._task, self._mesh, self._classes, self._progress = task, mesh, classes, progress
+        self._task, self._mesh, self._progress = task, mesh, progress
+        self._words = tuple(map(handed_in, classes))
 
         def choose(params: Params, batch: Batch) -> Int[Array, " B"]:
             return jnp.argmax(task.logits(parameters.merge(graph, params), batch), axis=-1)
@@ -79,7 +80,7 @@ class ClassificationEvaluation:
             found = self._scores(chosen, targets, examples)
             metrics |= {f"{prefix}{name}": value for name, value in found.items()}
             ids = [examples.text_id(example) for example in range(examples.num_examples)]
-            predictions[stream] = Predictions(ids, [self._classes[label] for label in chosen])
+            predictions[stream] = Predictions(ids, [self._words[label] for label in chosen])
         return metrics, predictions
 
     def _choices(
@@ -118,7 +119,7 @@ class ClassificationEvaluation:
         if not known.any():
             return numbers
         labels = targets[known]
-        majority = np.bincount(labels, minlength=len(self._classes)).max() / len(labels)
+        majority = np.bincount(labels, minlength=len(self._words)).max() / len(labels)
         return {"accuracy": float((chosen[known] == labels).mean()), "majority": float(majority), **numbers}
 
     def _answer_scores(
@@ -128,7 +129,7 @@ class ClassificationEvaluation:
         people = [examples.answers(example) for example in range(len(chosen))]
         answerable = scores.max(axis=1) > 0
         if all(people):
-            given = [vqa_score(self._classes[label], ten) for label, ten in zip(chosen, people, strict=True)]
+            given = [vqa_score(self._words[label], ten) for label, ten in zip(chosen, people, strict=True)]
         elif answerable.any():
             given = scores[np.arange(len(chosen)), chosen]
         else:

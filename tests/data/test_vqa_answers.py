@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 
-from scl_jax.data.vqa_answers import answer_vocabulary, normalise_answer, soft_score, soft_targets, vqa_score
+from scl_jax.data.vqa_answers import (
+    answer_vocabulary,
+    handed_in,
+    normalise_answer,
+    soft_score,
+    soft_targets,
+    vqa_score,
+)
 
 NORMALISED = [
     # lower case and spaces
@@ -107,7 +114,7 @@ def test_normalisation_follows_the_published_rules(answer, expected):
     assert normalise_answer(answer) == expected
 
 
-@pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (7, 1.0), (10, 1.0)])
+@pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (7, 1.0), (9, 1.0)])
 def test_accuracy_is_the_mean_over_subsets_of_nine(agreeing, score):
     people = ["Two dogs."] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
     assert vqa_score("2 dogs", people) == pytest.approx(score)
@@ -120,6 +127,20 @@ def test_both_sides_of_the_accuracy_are_normalised():
     assert vqa_score("none", ["0"] * 2 + ["none"] + ["1"] * 7) == pytest.approx(0.9)
     with pytest.raises(ValueError, match="test questions have none"):
         vqa_score("dog", [])
+
+
+def test_an_answer_that_all_people_gave_is_compared_as_it_stands():
+    """As vqaEval.py does, which normalises `if len(set(gtAnswers)) > 1`."""
+    assert vqa_score("0", ["none"] * 10) == 0 and vqa_score("0", ["none"] * 9 + ["zero"]) == 1
+    assert vqa_score("none", ["none", " none\n"] * 5) == 1  # what encloses them is taken off first
+    assert vqa_score(" Dog.", ["Dog."] * 10) == 1 and vqa_score("dog", ["Dog."] * 10) == 0
+
+
+def test_the_empty_class_is_handed_in_as_an_article():
+    assert [handed_in(answer) for answer in ("", "dog")] == ["a", "dog"]
+    for people in (["a"] * 10, ["a"] * 6 + ["the"] * 4):
+        assert normalise_answer(handed_in(normalise_answer(people[0]))) == ""
+        assert vqa_score(handed_in(""), people) == 1
 
 
 def test_soft_targets_are_those_of_training():

@@ -59,10 +59,10 @@ class Shown:
         return list(self._people[example]) if self._people else []
 
 
-def evaluate(examples):
+def evaluate(examples, classes=CLASSES):
     graph, params = parameters.split(Nothing())
     mesh = make_mesh(devices=jax.devices()[:1])
-    evaluation = ClassificationEvaluation(graph, Told(), mesh, {"images": examples}, classes=CLASSES)
+    evaluation = ClassificationEvaluation(graph, Told(), mesh, {"images": examples}, classes=classes)
     metrics, predictions = evaluation(params)
     return metrics, predictions["images"]
 
@@ -93,6 +93,13 @@ def test_questions_that_the_vocabulary_cannot_answer_are_counted():
 def test_a_split_whose_targets_are_not_published_gives_predictions_only(targets):
     metrics, predictions = evaluate(Shown([1, 2], **targets))
     assert metrics == {"vqa/examples": 2} and predictions.classes == ["no", "2"]
+
+
+def test_an_empty_answer_is_handed_in_and_scored_as_an_article():
+    examples = Shown([0, 0], [["a"] * 10, ["a"] * 5 + ["the"] * 5], answer_scores=np.eye(3, dtype=np.float32)[[0, 0]])
+    examples.classes = ("", "no", "2")
+    metrics, predictions = evaluate(examples, examples.classes)
+    assert predictions.classes == ["a", "a"] and metrics["vqa/score"] == 1
 
 
 def test_other_classes_than_those_of_training_are_an_error():

@@ -1,4 +1,4 @@
-"""What a work directory was begun with: a run there goes on with the same config and tokenizer, or not at all."""
+"""What a work directory was begun with: a run goes on with the same config, tokenizer and answers, or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from scl_jax.config import ConfigError, config_of_run, differences
+from scl_jax.convert.inputs import why_other_classes
 from scl_jax.convert.sources import locate
 from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_tokenizer
 from scl_jax.training.checkpoint import steps_in
@@ -74,6 +75,19 @@ def other_tokenizer(tokenizer: Tokenizer, config: ConfigDict, workdir: Path) -> 
             same = tokenizer.same_as(load_tokenizer(own))
             return [] if same else [_OTHER.format(named=tokenizer.folder, source=source, own=own)]
     return []
+
+
+def other_classes(classes: tuple[str, ...], config: ConfigDict, workdir: Path) -> list[str]:
+    """A problem where the head of a begun run tells other answers apart than the data, or in another order.
+
+    Raises:
+        ValueError: its list of them cannot be read.
+    """
+    before = config_before(workdir)
+    if not classes or not before or before.task != config.task:  # `check_config` tells of another task
+        return []
+    reason = why_other_classes(workdir, classes)
+    return [reason] if reason else []
 
 
 _OTHER = (

@@ -50,12 +50,18 @@ def missing(config: ConfigDict, mode: str, continued: bool) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
+def evaluated_datasets(config: ConfigDict, stream: str) -> list[str]:
+    """The data sets of a stream that are evaluated: its own, those that are trained on, unless it names others."""
+    data = config.data[stream]
+    return [name for name in data.evaluation_datasets if name] or [name for name in data.datasets if name]
+
+
 def _splits(config: ConfigDict, mode: str) -> list[tuple[str, str]]:
     """(data set, split) of all that is read."""
     e, found = config.evaluate, []
     for stream in active_streams(config):
         datasets = [name for name in config.data[stream].datasets if name]
-        evaluated = [name for name in config.data[stream].evaluation_datasets if name] or datasets
+        evaluated = evaluated_datasets(config, stream)
         if mode in ("train", "replay"):
             found += [(name, "train") for name in datasets]
         if mode == "train" and e.every:

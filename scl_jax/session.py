@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from scl_jax import build, remat
 from scl_jax.bad_records import BadRecords
-from scl_jax.begun import check_config, config_before, has_tokenizer, is_begun, other_tokenizer
+from scl_jax.begun import check_config, config_before, has_tokenizer, is_begun, other_classes, other_tokenizer
 from scl_jax.config import ConfigError, active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.convert.initial import initial_parameters
@@ -27,7 +27,7 @@ from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
-from scl_jax.preflight import missing, tried
+from scl_jax.preflight import evaluated_datasets, missing, tried
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
@@ -58,7 +58,7 @@ class Session:
         named = config.data.tokenizer or f"{config.data.dir}/tokenizer"
         load = partial(load_run_tokenizer, self.workdir) if mode == "replay" else load_tokenizer
         tokenizer = tried(problems, lambda: load(named), None)
-        self.classes = tried(problems, lambda: classes_of(config), ())
+        self.classes = tried(problems, lambda: classes_of(config, mode), ())
         counted = config.train.epochs > 0 and mode != "evaluate"
         later = counted and config.data.bad_records == "skip"  # which records count takes a while
         examples = tried(problems, lambda: examples_of(config), 0) if counted and not later else 0
@@ -71,6 +71,7 @@ class Session:
         problems += missing(self.config, mode, is_begun(self.workdir))
         if tokenizer:
             problems += tried(problems, lambda: other_tokenizer(tokenizer, self.config, self.workdir), [])
+        problems += tried(problems, lambda: other_classes(self.classes, self.config, self.workdir), [])
         problems = list(dict.fromkeys(problems))
         check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
         assert tokenizer is not None  # else a problem
@@ -106,7 +107,7 @@ class Session:
         graph, tx, state = init_state(*plan, self.config.seed, with_ema) if new else plan_state(*plan, with_ema)
         meet("state is there", self.config.distributed.compile_timeout)
         if new:
-            params, self.initial_notes = initial_parameters(self.config, state.params, complete)
+            params, self.initial_notes = initial_parameters(self.config, state.params, complete, self.classes)
             ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # buffers of its own: both are donated
             state = dataclasses.replace(state, params=params, ema=ema)
         return graph, tx, state
@@ -349,8 +350,10 @@ def examples_of(config: ConfigDict, left_out: Mapping[str, LeftOut] = NOTHING) -
     return count
 
 
-def classes_of(config: ConfigDict) -> tuple[str, ...]:
+def classes_of(config: ConfigDict, mode: str = "train") -> tuple[str, ...]:
     """The answers or labels that the classifier of the config's task tells apart; none for other tasks.
+
+    mode: "evaluate" asks the data that are evaluated, else those of training are asked.
 
     Raises:
         ConfigError: the data sets have none, or others than the task.
@@ -358,10 +361,14 @@ def classes_of(config: ConfigDict) -> tuple[str, ...]:
     """
     if config.task not in CLASSIFIERS:
         return ()
-    names = [name for stream in active_streams(config) for name in config.data[stream].datasets]
-    if not any(names):
+    streams = active_streams(config)
+    if mode == "evaluate":
+        split, names = config.evaluate.final_split, [n for s in streams for n in evaluated_datasets(config, s)]
+    else:
+        split, names = "train", [name for stream in streams for name in config.data[stream].datasets if name]
+    if not names:
         return ()  # `check` says so
-    found = class_names(names, config.data.dir)
+    found = class_names(names, config.data.dir, split)
     wanted = CLASSES.get(config.task)
     if not found or wanted not in (None, found):
         classes = f"the classes {', '.join(found[:5])}{', …' if len(found) > 5 else ''}" if found else "no classes"

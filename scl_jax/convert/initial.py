@@ -15,7 +15,7 @@ from scl_jax.config import differences
 from scl_jax.convert import adapt
 from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.encoders import read_clip, read_roberta
-from scl_jax.convert.inputs import noted_sizes
+from scl_jax.convert.inputs import noted_sizes, why_other_classes
 from scl_jax.convert.rules import ConversionError, Report
 from scl_jax.convert.sources import (
     CLIP_SETTINGS,
@@ -34,7 +34,9 @@ SIZES = r"\S+\.(width|layers|heads|mlp_width|patch_size|vocab_size|max_positions
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def initial_parameters(config: ConfigDict, params: Params, complete: bool = False) -> tuple[Params, list[str]]:
+def initial_parameters(
+    config: ConfigDict, params: Params, complete: bool = False, classes: tuple[str, ...] = ()
+) -> tuple[Params, list[str]]:
     """Fills the weights that `config.init` names into fresh parameters, each leaf where it lies on the mesh.
 
     A checkpoint (a run, a converted folder or a torch file) fills everything it has; then vision (CLIP) and text
@@ -42,6 +44,8 @@ def initial_parameters(config: ConfigDict, params: Params, complete: bool = Fals
 
     Args:
         complete: no head may stay as it is, because it is to be evaluated.
+        classes: what the task's head tells apart, in its order; a head of the checkpoint has to list the same ones,
+            where it lists them.
 
     Returns:
         The parameters, and lines for the log: what was loaded, resized, dropped, left as initialised.
@@ -59,6 +63,8 @@ def initial_parameters(config: ConfigDict, params: Params, complete: bool = Fals
             continue
         try:
             found, notes = read(locate(source), shapes, config)
+            if classes and any(path.startswith(f"{config.task}.") for path in found):
+                _check_classes(locate(source), classes)
         except ValueError as error:
             raise ConversionError(f"config.init.{option} = {source}: {error}") from error
         loaded |= found
@@ -75,6 +81,12 @@ def initial_parameters(config: ConfigDict, params: Params, complete: bool = Fals
     if fresh:
         lines.append(f"as initialised: (some of) {', '.join(fresh)}")
     return parameters.unflatten({path: _place(x, loaded.get(path)) for path, x in flat.items()}), lines
+
+
+def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
+    reason = why_other_classes(path, classes)
+    if reason:
+        raise ConversionError(reason)
 
 
 def _place(old: jax.Array, new: np.ndarray | None) -> jax.Array:

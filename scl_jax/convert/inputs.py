@@ -7,6 +7,7 @@ rows of their tables only. Whether weights are loaded, converted or exported, th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,40 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 def classes_file(path: Path) -> Path:
     """Where the answers of a head would be listed."""
     return path / "classes.json" if path.is_dir() else path.with_name("classes.json")
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The answers or labels of a head in its order, as they are listed beside these weights; none where they are not.
+
+    Raises:
+        ConversionError: the list cannot be read.
+    """
+    file = classes_file(path)
+    if not file.exists():
+        return ()
+    try:
+        return tuple(map(str, json.loads(file.read_text())))
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{file}: a JSON list of answers is expected ({error})") from error
+
+
+def why_other_classes(path: Path, classes: tuple[str, ...]) -> str:
+    """Why a head beside these weights does not tell apart `classes` in their order; "" where it does or may.
+
+    Raises:
+        ConversionError: its list cannot be read.
+    """
+    known = read_classes(path)
+    if not known or known == classes:
+        return ""
+    pairs = itertools.zip_longest(known, classes, fillvalue=None)
+    number, (there, here) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
+    names = ["none" if name is None else repr(name) for name in (there, here)]
+    return (
+        f"{classes_file(path)} lists {len(known)} classes, but the data have {len(classes)}, or another order: class "
+        f"{number} is {names[0]} there and {names[1]} in the data, so that one would be taken for the other; "
+        "name the data that it was trained on, as they were prepared then"
+    )
 
 
 def noted_sizes(path: Path) -> SCLConfig | None:

@@ -13,7 +13,6 @@ classes.json lists the answers of the head, where there is one.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,12 +26,11 @@ from scl_jax.convert.checkpoints import is_run, read_parameters
 from scl_jax.convert.inputs import (
     DEFAULT_TOKENIZER,
     check_tokenizer,
-    classes_file,
     config_of,
     inputs_of,
     own_tokenizer,
+    read_classes,
 )
-from scl_jax.convert.rules import ConversionError
 from scl_jax.convert.sources import locate
 from scl_jax.convert.to_flax import read_torch
 from scl_jax.data.tokens import Tokenizer, load_run_tokenizer, load_tokenizer
@@ -105,7 +103,7 @@ def read_weights(
         attention_heads=tuple(config.model[part].heads for part in ("vision", "text", "fusion")),
         tokenizer=found,
         **dataclasses.asdict(inputs_of(config)),
-        answers=_answers(path),
+        answers=read_classes(path),
     )
 
 
@@ -137,13 +135,3 @@ def _has(head: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _has_torch_weights(path: Path) -> bool:
     return any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-
-
-def _answers(path: Path) -> tuple[str, ...]:
-    file = classes_file(path)
-    if not file.exists():
-        return ()
-    try:
-        return tuple(map(str, json.loads(file.read_text())))
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{file}: a JSON list of answers is expected ({error})") from error

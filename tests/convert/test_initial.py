@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from scl_jax import build
 from scl_jax.config import default_config
 from scl_jax.convert.__main__ import main
+from scl_jax.convert.checkpoints import write_parameters
 from scl_jax.convert.initial import initial_parameters
 from scl_jax.convert.rules import ConversionError
 from scl_jax.models import parameters
@@ -193,3 +194,23 @@ def test_training_starts_from_a_converted_folder_as_from_the_file(
     jax.tree.map(np.testing.assert_array_equal, leaves[0], leaves[2])
     words = weights["text_transformer.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(leaves[0]["text"]["word_embedding"]["embedding"], words)
+
+
+@pytest.mark.parametrize("classes", [("yes", "no", "2"), ("no", "yes", "2")])
+def test_a_head_is_taken_up_for_the_answers_that_it_lists(classes: tuple[str, ...], tmp_path: Path) -> None:
+    config = tiny_config(checkpoint=str(tmp_path / "run"))
+    config.task, config.model.answers = "vqa", 3
+    _, shapes = parameters.abstract(build.model_maker(config))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    write_parameters(tmp_path / "run", {path: np.asarray(x) for path, x in parameters.flatten(params).items()})
+    initial_parameters(config, params, True, classes)  # it lists none
+    (tmp_path / "run/classes.json").write_text('["yes", "no", "2"]')
+    if classes[0] == "yes":
+        initial_parameters(config, params, True, classes)
+        return
+    with pytest.raises(ConversionError, match="init.checkpoint = .*: class 0 is 'yes' there and 'no' in the data"):
+        initial_parameters(config, params, True, classes)
+    config.task = "entailment"  # the head is left out, whatever it tells apart
+    _, shapes = parameters.abstract(build.model_maker(config))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    initial_parameters(config, params, False, ("contradiction", "neutral", "entailment"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from scl_jax.inference.weights import read_weights
 from scl_jax.session import Session
 from scl_jax.training import sharding
 from scl_jax.training.loop import Feed
+from scl_jax.training.records import write_json
 from scl_jax.types import FIELDS, Batch
 
 SETS = ("images", "videos", "questions", "statements", "entailment")
@@ -178,6 +180,43 @@ def test_a_head_that_the_checkpoint_lacks_cannot_be_evaluated(data_dir, pretrain
     session = Session(config(data_dir, "vqa", **{"init.checkpoint": str(pretrained)}), tmp_path)
     with pytest.raises(ConversionError, match=r"has no head vqa, which task vqa evaluates: fine-tune from it"):
         session.evaluate()
+
+
+@pytest.fixture(scope="module")
+def renumbered(data_dir, tmp_path_factory) -> Path:
+    """The same data with the last two answers of the questions swapped."""
+    folder = shutil.copytree(data_dir, tmp_path_factory.mktemp("renumbered") / "data")
+    (file,) = folder.glob("toy_world/questions/*/metadata.json")
+    metadata = json.loads(file.read_text())
+    metadata["classes"][-2:] = metadata["classes"][:-3:-1]
+    file.write_text(json.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_begun_run_keeps_its_answers(data_dir, renumbered, tmp_path, mode):
+    begun = Session(config(data_dir, "vqa"), tmp_path)
+    write_json(tmp_path / "config.json", begun.config.to_dict())
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    Session(config(renumbered, "vqa"), tmp_path, mode)  # it has no list
+    write_json(tmp_path / "classes.json", list(begun.classes))
+    Session(config(data_dir, "vqa"), tmp_path, mode)
+    message = r"classes.json lists 23 classes, .*: class 21 is 'yes' there and 'no' in the data"
+    with pytest.raises(ConfigError, match=message):
+        Session(config(renumbered, "vqa"), tmp_path, mode)
+
+
+def test_an_evaluation_of_a_classifier_needs_no_training_split(data_dir, tmp_path):
+    builders.prepare("toy_world/statements", tmp_path / "data", train=1, validation=6, test=6)
+    info = next((tmp_path / "data").glob("toy_world/statements/*/dataset_info.json"))
+    content = json.loads(info.read_text())
+    content["splits"] = [split for split in content["splits"] if split["name"] != "train"]
+    info.write_text(json.dumps(content))
+    options = config(tmp_path / "data", "nlvr2", **{"data.tokenizer": str(data_dir / "tokenizer")})
+    session = Session(options, tmp_path / "run", "evaluate")
+    assert session.classes == ("false", "true")
+    with pytest.raises(ConfigError, match="has no split 'train'"):
+        Session(options, tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_architecture_is_named(data_dir, pretrained, tmp_path):

@@ -35,7 +35,7 @@ from scl_jax.data import images, video
 from scl_jax.data.records import NOTHING, LeftOut, Record, Records
 
 NumpyBatch: TypeAlias = dict[str, Any]  # the fields of scl_jax.types.Batch as numpy arrays, and more where said
-_IDS = frozenset(("item_id", "caption_id", "example_id", "question_id"))  # -1 in rows of padding
+_IDS = frozenset(("item_id", "caption_id", "example_id"))  # -1 in rows of padding
 Config: TypeAlias = Any  # a ConfigDict of scl_jax.config, whose values have no static types
 RowsOf: TypeAlias = Callable[[int], Sequence[int]]  # size of a global batch → its rows that this process makes
 

@@ -10,7 +10,6 @@ its item, so that an epoch shows every question, statement, hypothesis or captio
 | second_pixels | (B, F, H, W, 3) uint8 | two-image sets; `pixels` is the left image |
 | label | (B,) int32 | statements and hypotheses; -1 where the split has no labels |
 | answer_scores | (B, K) float32 | questions: soft targets from 0 to 1; all 0 where the split has no answers |
-| question_id | (B,) int32 | questions: the owner's number |
 
 Axes: B rows of this process's batch, F frames, H W pixels, K classes.
 """
@@ -91,7 +90,6 @@ class Example:
             fields["label"] = np.int32(extra["labels"][self.number])
         if "answer_counts" in extra:
             fields["answer_scores"] = self._answer_scores(classes)
-            fields["question_id"] = np.int32(self.text_id)
         return fields
 
     def _answer_scores(self, classes: int) -> Float[np.ndarray, " K"]:

@@ -47,7 +47,7 @@ def texts(folder, name, split):
 COMMON = {"pixels", "token_ids", "token_mask", "word_ids", "weight", "item_id", "example_id"}
 FIELDS = {
     "toy_world/images": set(),
-    "toy_world/questions": {"answer_scores", "question_id"},
+    "toy_world/questions": {"answer_scores"},
     "toy_world/statements": {"label", "second_pixels"},
     "toy_world/entailment": {"label"},
 }
@@ -65,7 +65,7 @@ def test_training_and_evaluation_batches_have_the_fields_of_their_task(folder, n
             assert (fields["second_pixels"] != fields["pixels"]).any()
         if name == "toy_world/questions":
             assert fields["answer_scores"].shape == (4, 23) and fields["answer_scores"].dtype == np.float32
-        for key in ("label", "question_id", "example_id", "item_id"):
+        for key in ("label", "example_id", "item_id"):
             assert key not in fields or (fields[key].shape, fields[key].dtype) == ((4,), np.int32)
 
 
@@ -86,7 +86,6 @@ def check_rows(batch, expected):
         if "label" in batch:
             assert batch["label"][row] == record["labels"][number]
         if "answer_scores" in batch:
-            assert str(batch["question_id"][row]) == record["text_ids"][number]
             (answer,) = np.flatnonzero(batch["answer_scores"][row])
             assert toy_tasks.ANSWERS[answer] == record["answers"][10 * number]
 
@@ -100,7 +99,7 @@ def test_evaluation_shows_every_text_once_in_order_and_pads(folder, name):
     assert ids[weight == 1].tolist() == list(range(len(expected))) and (ids[weight == 0] == -1).all()
     for batch in shown:
         check_rows(batch, expected)
-        assert all((batch[key][batch["weight"] == 0] == -1).all() for key in batch.keys() & {"item_id", "question_id"})
+        assert (batch["item_id"][batch["weight"] == 0] == -1).all()
     for example in (0, len(expected) - 1):
         record, number = expected[example]
         assert gallery.text(example) == record["captions"][number]

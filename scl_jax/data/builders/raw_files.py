@@ -118,17 +118,23 @@ def names_below(folder: Path) -> dict[str, str]:
 # ---- annotations ----
 
 
-def read_json(file: Path, key: str = "") -> Any:
-    """A JSON file, or what its object has under `key`; ValueError with the file's name where it is malformed."""
+def read_json(file: Path, key: str = "") -> list[Any]:
+    """The list that a JSON file is, or that its object has under `key`.
+
+    Raises:
+        ValueError: it is malformed or holds no such list, with the file's name.
+    """
     try:
         values = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}; it may be cut off, obtain it again") from error
-    if not key:
-        return values
-    if not isinstance(values, dict) or key not in values:
+    if key and (not isinstance(values, dict) or key not in values):
         raise ValueError(f"{file} has no {key!r}; is it the owner's file?")
-    return values[key]
+    found = values[key] if key else values
+    if not isinstance(found, list):
+        what = f"{key!r} in {file}" if key else str(file)
+        raise ValueError(f"{what} is a JSON {type(found).__name__}, not a list of entries; is it the owner's file?")
+    return found
 
 
 def numbered(file: Path, values: Iterable[Any]) -> Rows:

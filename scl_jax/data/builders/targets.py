@@ -91,8 +91,8 @@ def _why_no_answers(record: Mapping[str, Any], classes: int) -> str:
         return f"{len(labels)} answers with {len(record['answer_scores'])} scores for questions that have {sum(counts)}"
     if not all(0 <= label < classes for label in labels):
         return f"an answer that is none of the {classes} classes"
-    if not all(text_id.isdecimal() and int(text_id) < 2**31 for text_id in record["text_ids"]):
-        return "a question whose id is no number below 2**31"
+    if not all(text_id.isascii() and text_id.isdecimal() for text_id in record["text_ids"]):
+        return "a question whose id is no whole number"
     return ""
 
 

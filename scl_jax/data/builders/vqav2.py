@@ -34,7 +34,7 @@ from scl_jax.data.builders.raw import (
     RawText,
     raw_builder,
 )
-from scl_jax.data.builders.raw_files import Located, arrow_rows, numbered, read_json, required, value
+from scl_jax.data.builders.raw_files import Located, arrow_rows, note_once, numbered, read_json, required, value
 from scl_jax.data.vqa_answers import ANSWERS_PER_QUESTION, answer_vocabulary, soft_targets
 
 VALIDATION_IMAGES = 1000
@@ -75,16 +75,27 @@ def read_tree(source: Path, at_least: int = AT_LEAST) -> RawSplits:
 def _read_answers(source: Path, part: str) -> dict[int, tuple[str, tuple[str, ...]]]:
     """Of every question, the most common answer and the ten answers."""
     file = required(source, f"v2_mscoco_{part}_annotations.json")
+    found: dict[int, tuple[str, tuple[str, ...]]] = {}
+    seen: dict[str, Place] = {}
     try:
-        return {
-            value(entry, "question_id", int): (
+        for place, entry in numbered(file, read_json(file, "annotations")):
+            number = _number(entry, "question_id")
+            note_once(seen, "question_id", str(number), place)
+            found[number] = (
                 value(entry, "multiple_choice_answer", str),
                 tuple(value(answer, "answer", str) for answer in value(entry, "answers", list)),
             )
-            for entry in read_json(file, "annotations")
-        }
     except UnusableError as error:
         raise ValueError(f"{file}: an annotation has {error}; is it the owner's file?") from error
+    return found
+
+
+def _number(entry: Any, key: str) -> int:
+    """A whole number from 0 on; UnusableError for anything else, such as true."""
+    number = value(entry, key, int)
+    if isinstance(number, bool) or number < 0:
+        raise UnusableError(f"{key} {number!r}, which is no whole number from 0 on")
+    return number
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,10 @@ class _Part:
 
     def held_back(self) -> frozenset[int]:
         """The images of `validation`."""
+        entries = (entry for _, entry in self._questions() if isinstance(entry, dict))
         images = {
-            entry["image_id"] for _, entry in self._questions() if isinstance(entry, dict) and "image_id" in entry
-        }
+            entry["image_id"] for entry in entries if type(entry.get("image_id")) is int
+        }  # `entries` tells others
         ordered = sorted(images, key=lambda image: hashlib.sha256(str(image).encode()).digest())
         return frozenset(ordered[:VALIDATION_IMAGES])
 
@@ -112,12 +124,14 @@ class _Part:
         """The images that are wanted, with their questions; `outside` instead of one without a known answer."""
         places: dict[int, Place] = {}
         texts: dict[int, list[RawText]] = {}
+        seen: dict[str, Place] = {}
         for place, entry in self._questions():
             try:
-                image = value(entry, "image_id", int)
+                image = _number(entry, "image_id")
                 if not wanted(image):
                     continue
                 text = self._text(entry)
+                note_once(seen, "question_id", text.id, place)
             except UnusableError as error:
                 yield Problem(place, str(error))
                 continue
@@ -132,7 +146,7 @@ class _Part:
             yield RawItem(place, str(image), (medium,), tuple(texts[image]))
 
     def _text(self, entry: dict[str, Any]) -> RawText:
-        number = value(entry, "question_id", int)
+        number = _number(entry, "question_id")
         question = value(entry, "question", object)
         if self.answers is None:
             return RawText(question, str(number))

@@ -118,7 +118,8 @@ def test_questions_get_soft_scores_of_the_vocabulary_of_train_and_val(trees, tmp
     folder = prepare(name, tmp_path, source=str(trees[name][0]))
     assert class_names((name,), str(tmp_path)) == ("cat", "2", "yes")
     train = batch_of(name, tmp_path, "train")
-    assert train["question_id"][train["weight"] == 1].tolist() == [10, 11, 20, 40, 41]
+    ids = [text_id for record in records(name, "train", tmp_path) for text_id in record["text_ids"]]
+    assert ids == ["10", "11", "20", "40", "41"]
     scores = [[1, 0, 0], [0.9, 1, 0], [0, 0, 1], [0.9, 0, 0], [0, 1, 0]]
     np.testing.assert_allclose(train["answer_scores"][:5], scores, rtol=1e-6)
     assert json.loads((folder / "metadata.json").read_text())["notes"]["train"] == {
@@ -130,7 +131,7 @@ def test_questions_get_soft_scores_of_the_vocabulary_of_train_and_val(trees, tmp
     assert validation.answers(0) == ["yes"] * 10 and validation.text_id(0) == "30"
     for split in ("test", "test_dev"):
         test = batch_of(name, tmp_path, split)
-        assert test["question_id"][0] == 50 and not test["answer_scores"].any()
+        assert records(name, split, tmp_path)[0]["text_ids"] == ["50"] and not test["answer_scores"].any()
 
 
 def test_statements_keep_their_identifiers_and_both_images(trees, tmp_path):
@@ -283,6 +284,60 @@ def test_empty_questions_and_questions_without_annotation_are_named(tree, tmp_pa
     found = reasons("vqav2/questions", source, tmp_path, splits=["train", "validation"])
     assert "question 99 has no annotation in v2_mscoco_val2014_annotations.json" in found
     assert "8, question 30: empty question" in found
+
+
+def test_question_ids_are_whole_numbers_of_any_size_and_each_occurs_once(tree, tmp_path):
+    source = tree("vqav2/questions")
+    file, options = source / "v2_OpenEnded_mscoco_test2015_questions.json", {"splits": ["test"]}
+    entry = {"question_id": 2**40, "image_id": 5, "question": "where?"}
+    raw_trees.put(file, {"questions": [entry]})
+    prepare("vqav2/questions", tmp_path / "large", source=str(source), **options)
+    stream = default_config().data.images
+    choices = {"data_dir": str(tmp_path / "large"), "text_length": LENGTH, "tokenizer": Letters(), "batch_size": 4}
+    test = task_evaluation_set(stream, ("vqav2/questions",), "test", **choices)
+    assert test.text_id(0) == str(2**40) and next(test.batches())["weight"].sum() == 1
+    wrong = [{"question_id": -5}, {"question_id": True}, {"image_id": [1]}, {"image_id": 5.0}, {}]
+    raw_trees.put(file, {"questions": [entry, *(entry | change for change in wrong)]})
+    found = reasons("vqav2/questions", source, tmp_path, **options)
+    assert f"question_id '{2**40}' is that of TREE/{file.name}, line 1 too" in found
+    assert {reason for reason in found if "whole number" in reason} == {
+        "question_id -5, which is no whole number from 0 on",
+        "question_id True, which is no whole number from 0 on",
+    }
+    assert any(reason.startswith("image_id is a list") for reason in found) and len(found) == 5
+
+
+def test_an_annotation_of_an_annotated_question_is_named(tree, tmp_path):
+    source = tree("vqav2/questions")
+    file = source / "v2_mscoco_val2014_annotations.json"
+    annotations = json.loads(file.read_text())["annotations"]
+    raw_trees.put(file, {"annotations": [*annotations, annotations[0]]})
+    with pytest.raises(ValueError, match="val2014_annotations.json: an annotation has question_id '30' is that of"):
+        prepare("vqav2/questions", tmp_path / "out", source=str(source))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sentences": null}', "'sentences' in .*MSRVTT_data.json is a JSON NoneType, not a list of entries"),
+        ('{"sentences": ' + "[" * 100_000 + "]" * 100_000 + "}", "MSRVTT_data.json is no JSON: maximum recursion"),
+    ],
+    ids=["null", "deep"],
+)
+def test_annotations_that_are_no_list_are_named(tree, tmp_path, content, message):
+    source = tree("msrvtt/captions")
+    raw_trees.put(source / "MSRVTT_data.json", content)
+    with pytest.raises(ValueError, match=message):
+        prepare("msrvtt/captions", tmp_path / "out", source=str(source))
+
+
+def test_a_quote_that_is_left_open_is_named(tree, tmp_path):
+    source = tree("msrvtt/captions")
+    raw_trees.put(
+        source / "MSRVTT_JSFUSION_test.csv", 'key,vid_key,video_id,sentence\nret0,msr2,video2,"' + "x\n" * 70_000
+    )
+    with pytest.raises(ValueError, match="MSRVTT_JSFUSION_test.csv, line .*: field larger than .* a quote left open"):
+        prepare("msrvtt/captions", tmp_path / "out", source=str(source), splits=["test"])
 
 
 def test_answers_outside_the_vocabulary_are_counted(tree, tmp_path):

@@ -278,7 +278,8 @@ def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: in
 def _shrink(config: ConfigDict) -> None:
     """A smoke run of the same code: a network of width 32, batches of 16, 20 steps.
 
-    No published encoder has this size; a checkpoint may, as that of another smoke run.
+    No published encoder has this size; a checkpoint may, as that of another smoke run. Of the evaluation, what is
+    smaller or off stays so.
     """
     sizes = {"width": 32, "heads": 2, "mlp_width": 64, "layers": 2}
     for part in (config.model.vision, config.model.text, config.model.fusion):
@@ -296,7 +297,9 @@ def _shrink(config: ConfigDict) -> None:
             objective.update(start=0, ramp=0)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.train.update(steps=20, epochs=0, checkpoint_every=10, accumulate=1)
-    config.evaluate.update(every=10, batch_size=16, max_items=32, rerank=8)
+    e = config.evaluate
+    e.update(every=min(e.every, 10), batch_size=min(e.batch_size, 16), rerank=min(e.rerank, 8))
+    e.max_items = min(e.max_items or 32, 32)
     config.log.every = 5
 
 

@@ -22,6 +22,9 @@ METRICS = {  # how the names of a task's metrics begin
     "entailment": ("entailment/",),
     "retrieval": ("retrieval/",),
 }
+NOT_BETTER = (  # last parts of the names of metrics that are no better the higher they are
+    "median_rank", "items", "texts", "examples", "pairs_scored", "matching_weight", "majority", "in_vocabulary",
+)  # fmt: skip
 CLASSES = {  # what a data set of the task tells apart; the answers of visual questions are the data set's own
     "nlvr2": ("false", "true"),
     "entailment": ("contradiction", "neutral", "entailment"),
@@ -61,6 +64,11 @@ def check_task(config: ConfigDict) -> Iterator[str]:
         yield (
             f"train.best_metric is {metric!r}, but the metrics of task {config.task} begin with "
             f"{' or '.join(METRICS[config.task])}"
+        )
+    elif metric.rpartition("/")[2] in NOT_BETTER:
+        yield (
+            f"train.best_metric is {metric!r}; the best checkpoint is that of the highest number, which says nothing "
+            "good here: name a recall, score or accuracy"
         )
     streams = [name for name in ("images", "videos") if any(config.data[name].datasets) and config.data[name].share > 0]
     if config.train.epochs < 0 or (config.train.epochs and len(streams) != 1):

@@ -230,6 +230,15 @@ def test_debug_starts_from_no_encoder_of_full_size():
     assert finalize(config, VOCAB).init.to_dict() == {"checkpoint": "runs/small", "vision": "", "text": ""}
 
 
+def test_debug_leaves_alone_what_is_off_or_smaller_in_the_evaluation():
+    off = {"evaluate.every": 0, "evaluate.rerank": 0, "evaluate.max_items": 5, "evaluate.batch_size": 8}
+    small = finalize(config_with(debug=True, **off), VOCAB)
+    assert {name: small.evaluate[name.partition(".")[2]] for name in off} == off
+    large = {"evaluate.every": 500, "evaluate.rerank": 128, "evaluate.max_items": 0, "evaluate.batch_size": 64}
+    small = finalize(config_with(debug=True, **large), VOCAB).evaluate
+    assert (small.every, small.rerank, small.max_items, small.batch_size) == (10, 8, 32, 16)
+
+
 def test_debug_of_the_quickstart_passes(parse):
     config = finalize(parse("--config.debug"), 512)
     check(config, 512, devices=jax.device_count())

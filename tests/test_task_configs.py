@@ -66,6 +66,20 @@ def test_zero_shot_retrieval_is_the_same_config_with_the_task_of_pretraining(nam
     check(finalize(config, 50265), 50265)
 
 
+@pytest.mark.parametrize("metric", ["retrieval/text_to_video/median_rank", "retrieval/video/items"])
+def test_a_metric_that_is_no_better_the_higher_it_is_cannot_choose_the_best(metric):
+    config = load("retrieval_msrvtt").get_config()
+    config.train.best_metric = metric
+    with pytest.raises(ConfigError, match=f"train.best_metric is '{metric}'; .* name a recall, score or accuracy"):
+        check(finalize(config, 50265), 50265)
+
+
+def test_a_smoke_run_looks_at_no_split_that_the_config_leaves_alone():
+    config = load("retrieval_msrvtt").get_config()  # the data set has no validation part
+    config.debug = True
+    assert finalize(config, 1000).evaluate.every == 0
+
+
 def test_an_unknown_variant_is_an_error():
     with pytest.raises(ValueError, match="no variant 'tyo'; it has toy"):
         load("vqa").get_config("tyo")

@@ -56,6 +56,11 @@ def evaluated_datasets(config: ConfigDict, stream: str) -> list[str]:
     return [name for name in data.evaluation_datasets if name] or [name for name in data.datasets if name]
 
 
+def weighs(config: ConfigDict) -> bool:
+    """Whether the final evaluation looks at `evaluate.split` too, to choose among `evaluate.matching_weights`."""
+    return config.task == "pretrain" and len(config.evaluate.matching_weights) > 1
+
+
 def _splits(config: ConfigDict, mode: str) -> list[tuple[str, str]]:
     """(data set, split) of all that is read."""
     e, found = config.evaluate, []
@@ -64,7 +69,7 @@ def _splits(config: ConfigDict, mode: str) -> list[tuple[str, str]]:
         evaluated = evaluated_datasets(config, stream)
         if mode in ("train", "replay"):
             found += [(name, "train") for name in datasets]
-        if mode == "train" and e.every:
+        if (mode == "train" and e.every) or (mode != "replay" and weighs(config)):
             found += [(name, e.split) for name in evaluated]
         if mode in ("train", "evaluate"):
             found += [(name, e.final_split) for name in evaluated]

@@ -27,7 +27,7 @@ from scl_jax.data.task_pipeline import class_names, task_dataset
 from scl_jax.data.tokens import RUN_TOKENIZER, Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.evaluation.pretraining import PretrainingEvaluation
 from scl_jax.models import parameters
-from scl_jax.preflight import evaluated_datasets, missing, tried
+from scl_jax.preflight import evaluated_datasets, missing, tried, weighs
 from scl_jax.report import Evaluation, evaluation_sets, leave, make_evaluation, said
 from scl_jax.task_config import CLASSES, CLASSIFIERS
 from scl_jax.training import sharding
@@ -146,7 +146,7 @@ class Session:
         if before is not None:
             self.bad_records.check_continued(before.data.bad_records)
         e = self.config.evaluate
-        for split in ("train", e.final_split, *((e.split,) if e.every or len(e.matching_weights) > 1 else ())):
+        for split in ("train", e.final_split, *((e.split,) if e.every or weighs(self.config) else ())):
             self.bad_records.left_out(split)
 
     def _say_left_out(self, log: RunLog) -> None:
@@ -316,7 +316,7 @@ class Session:
         """The final evaluation: results.json, the table, pictures and predictions."""
         split = self.config.evaluate.final_split
         evaluation = self.evaluation(graph, split)
-        if isinstance(evaluation, PretrainingEvaluation) and len(self.config.evaluate.matching_weights) > 1:
+        if isinstance(evaluation, PretrainingEvaluation) and weighs(self.config):
             held_out = self.evaluation(graph, self.config.evaluate.split)
             assert isinstance(held_out, PretrainingEvaluation)
             evaluation.fix_weights(averaged(state), held_out)

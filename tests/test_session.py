@@ -235,6 +235,14 @@ def test_a_missing_data_set_of_questions_is_one_problem(data_dir, tmp_path):
         Session(toy_run.config(data_dir, **changes), tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_the_split_that_chooses_a_weight_is_asked_for_before_the_run(data_dir, tmp_path, mode):
+    changes = {"evaluate.split": "another", "mesh.data": -1}
+    Session(toy_run.config(data_dir, **changes), tmp_path, mode)  # it is not looked at
+    with pytest.raises(ConfigError, match="has no split 'another'"):
+        Session(toy_run.config(data_dir, **changes, **{"evaluate.matching_weights": (0.0, 1.0)}), tmp_path, mode)
+
+
 def test_a_save_that_was_killed_is_no_begun_run(data_dir, tmp_path):
     changes = {"train.steps": 1, "mesh.data": -1}
     write_json(tmp_path / "config.json", Session(toy_run.config(data_dir, **changes), tmp_path).config.to_dict())

@@ -80,7 +80,7 @@ def rank(
         item: names the metrics; those of videos go under `retrieval/video/`.
         captions: what the texts say: equal ones then find one another's items. Published recalls count a text's own
             item only, which is the default.
-        weights: of log P(pair) in "sum"; of several, the `clearly_best`.
+        weights: of log P(pair) in "sum"; of several, the `clearly_best`, which the metrics tell.
         progress: is told how many pairs are scored.
 
     Returns:
@@ -119,13 +119,16 @@ def rank(
     def combined(weight: float) -> dict[str, float]:
         return _metrics(prefix, {name: (final(i, weight), ways[i][2]) for i, (name, *_) in enumerate(ways)})
 
-    by_weight = {weight: combined(weight) for weight in (weights if odds[0] is not None else (1.0,))}
+    weighed = combine == "sum" and odds[0] is not None
+    by_weight = {weight: combined(weight) for weight in (weights if weighed else (1.0,))}
     means = {weight: metrics[f"{prefix}mean_recall"] for weight, metrics in by_weight.items()}
     weight = clearly_best(means, queries=len(text_items) + len(item_texts))
     metrics = _metrics(contrastive_prefix, {name: (scores, right) for name, scores, right, *_ in ways})
     metrics |= by_weight[weight]
     metrics |= {f"{prefix}pairs_scored": pairs_scored, f"{prefix}texts": len(text_items)}
-    metrics |= {f"{prefix}items": len(item_texts), f"{prefix}matching_weight": weight}
+    metrics[f"{prefix}items"] = len(item_texts)
+    if combine == "sum":
+        metrics[f"{prefix}matching_weight"] = weight
     return Ranking(metrics, _top_of_rows(final(0, weight), max(KS)), _top_of_rows(final(1, weight), max(KS)), seconds)
 
 

@@ -83,6 +83,15 @@ def test_the_best_weight_of_the_matching_head_is_taken():
         )
 
 
+def test_weights_are_of_the_sum_alone():
+    """The score of fine-tuning orders candidates by itself: no weight is chosen or told."""
+    texts, items, text_items, odds = gallery()
+    options = {"score_pairs": lambda t, i: odds[t, i], "rerank": 8, "combine": "matching"}
+    several = rank(texts, items, text_items, weights=(0.0, 1.0), **options).metrics
+    assert several == rank(texts, items, text_items, **options).metrics
+    assert "retrieval/matching_weight" not in several
+
+
 def test_mean_recall_is_the_mean_of_the_six_recalls():
     texts, items, text_items, odds = gallery()
     metrics = rank(texts, items, text_items, score_pairs=lambda t, i: odds[t, i], rerank=8).metrics

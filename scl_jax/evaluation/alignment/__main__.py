@@ -31,12 +31,18 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", default="toy_world/images", help="toy_world/images or toy_world/videos")
     p.add_argument("--data", default="data", help="where prepared shards lie")
     p.add_argument("--split", default="test", help="of the toy world")
-    p.add_argument("--max_items", type=int, default=0, help="images to score; 0: all")
+    p.add_argument("--max_items", type=_count, default=0, help="images to score; 0: all")
     p.add_argument("--drop_large_masks", action="store_true", help="as the authors' script does")
     p.add_argument("--out", default="", help="a JSON file for the summary and the scores of every image")
-    p.add_argument("--pictures", type=int, default=0, help="attention maps to draw, into a folder named as --out")
+    p.add_argument("--pictures", type=_count, default=0, help="attention maps to draw, into a folder named as --out")
     p.add_argument("--tokenizer", default="", help="folder or hub name (default: the checkpoint's own)")
     return p
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 def examples(options: argparse.Namespace, video_frames: int) -> Iterator[Example]:

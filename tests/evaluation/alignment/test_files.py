@@ -178,6 +178,13 @@ def test_the_command_scores_the_authors_files(tiny_model, tiny_run, tmp_path, ca
         main([str(tiny_run), f"--align_bench={tmp_path / 'images'}"])
 
 
+@pytest.mark.parametrize("option", ["--max_items=-1", "--pictures=-1"])
+def test_the_command_refuses_numbers_below_0(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", option])
+    assert ended.value.code == 2 and "'-1' is no whole number from 0 on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_toy_worlds_own_boxes_are_scored(tiny_model, tmp_path):
     toy_run.prepare(tmp_path)

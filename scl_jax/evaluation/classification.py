@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from scl_jax.data.task_pipeline import TaskEvaluationSet
 from scl_jax.data.vqa_answers import handed_in, vqa_score
@@ -31,6 +31,14 @@ class Predictions(NamedTuple):
 
     ids: list[str]
     classes: list[str]  # in words
+
+
+class Targets(NamedTuple):
+    """What is kept of the soft targets (B, K) of a batch, whose K are too many to keep them all."""
+
+    of_chosen: Any  # (B,), what the chosen answer scores
+    best: Any  # (B,), of every question
+    total: Any  # (K,), over the questions of the batch
 
 
 class ClassificationEvaluation:
@@ -65,8 +73,13 @@ class ClassificationEvaluation:
         self._task, self._mesh, self._progress = task, mesh, progress
         self._words = tuple(map(handed_in, classes))
 
-        def choose(params: Params, batch: Batch) -> Int[Array, " B"]:
-            return jnp.argmax(task.logits(parameters.merge(graph, params), batch), axis=-1)
+        def choose(params: Params, batch: Batch) -> tuple[Int[Array, " B"], Int[Array, " B"] | Targets | None]:
+            chosen = jnp.argmax(task.logits(parameters.merge(graph, params), batch), axis=-1)
+            if batch.answer_scores is None:
+                return chosen, batch.label
+            scores = jnp.where(batch.weight[:, None] > 0, batch.answer_scores, 0)
+            of_chosen = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+            return chosen, Targets(of_chosen, scores.max(axis=1), scores.sum(axis=0))
 
         self._choose = jax.jit(on_mesh(mesh, choose))
 
@@ -85,8 +98,8 @@ class ClassificationEvaluation:
 
     def _choices(
         self, params: Params, stream: str, examples: TaskEvaluationSet
-    ) -> tuple[Int[np.ndarray, " N"], np.ndarray | None]:
-        """The class chosen for every example, and the targets where there are: scores (N, K) or labels (N,)."""
+    ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"] | Targets | None]:
+        """The class chosen for every example, and the targets where there are: labels (N,), or what scores tell."""
         done = 0
 
         def run(arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -95,25 +108,31 @@ class ClassificationEvaluation:
             done = min(done + batch.weight.shape[0], examples.num_examples)
             if self._progress is not None:
                 self._progress(f"{self._task.loss}, {stream}", done, examples.num_examples)
-            target = batch.label if batch.answer_scores is None else batch.answer_scores
-            return self._choose(params, batch), target, batch.weight
+            return *self._choose(params, batch), batch.weight
 
-        chosen, targets = [], []
-        for choice, target, weight in queued(examples.batches(), run):
-            real = whole(weight) > 0
-            chosen.append(whole(choice)[real])
-            targets.append(None if target is None else whole(target)[real])
-        known = None if any(part is None for part in targets) else np.concatenate(targets)
-        return np.concatenate(chosen), known
+        results = [whole(result) for result in list(queued(examples.batches(), run))]
+        real = np.concatenate([weight for _, _, weight in results]) > 0
+        chosen = np.concatenate([choice for choice, _, _ in results])[real]
+        parts = [targets for _, targets, _ in results if targets is not None]
+        if not parts:
+            return chosen, None
+        if not isinstance(parts[0], Targets):
+            return chosen, np.concatenate(parts)[real]
+        of_chosen, best, totals = zip(*parts, strict=True)
+        total = np.sum(totals, axis=0, dtype=np.float64)
+        return chosen, Targets(np.concatenate(of_chosen)[real], np.concatenate(best)[real], total)
 
     def _scores(
-        self, chosen: Int[np.ndarray, " N"], targets: np.ndarray | None, examples: TaskEvaluationSet
+        self,
+        chosen: Int[np.ndarray, " N"],
+        targets: Int[np.ndarray, " N"] | Targets | None,
+        examples: TaskEvaluationSet,
     ) -> dict[str, float]:
         """Metrics of a stream; only the number of examples where their targets are not published."""
         numbers: dict[str, float] = {"examples": len(chosen)}
         if targets is None:
             return numbers
-        if targets.ndim == 2:
+        if isinstance(targets, Targets):
             return numbers | self._answer_scores(chosen, targets, examples)
         known = targets >= 0
         if not known.any():
@@ -123,19 +142,19 @@ class ClassificationEvaluation:
         return {"accuracy": float((chosen[known] == labels).mean()), "majority": float(majority), **numbers}
 
     def _answer_scores(
-        self, chosen: Int[np.ndarray, " N"], scores: Float[np.ndarray, "N K"], examples: TaskEvaluationSet
+        self, chosen: Int[np.ndarray, " N"], targets: Targets, examples: TaskEvaluationSet
     ) -> dict[str, float]:
         """VQA's official score from the people's answers, or from the soft targets where only these are known."""
         people = [examples.answers(example) for example in range(len(chosen))]
-        answerable = scores.max(axis=1) > 0
+        answerable = targets.best > 0
         if all(people):
             given = [vqa_score(self._words[label], ten) for label, ten in zip(chosen, people, strict=True)]
         elif answerable.any():
-            given = scores[np.arange(len(chosen)), chosen]
+            given = targets.of_chosen
         else:
             return {}
         return {
             "score": float(np.mean(given)),
-            "majority": float(scores.mean(axis=0).max()),  # always the one answer that scores best
+            "majority": float(targets.total.max() / len(chosen)),  # always the one answer that scores best
             "in_vocabulary": float(answerable.mean()),  # questions that the vocabulary can answer at all
         }

@@ -8,7 +8,8 @@ Axes: R rows of a gallery, B rows of a batch, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,22 +29,28 @@ class Rows:
     """Arrays (R, …) of equal R, taken by row number: `on_device` says where they are.
 
     Args:
-        parts: the arrays of every batch, one after the other; rows past `count` are padding.
+        parts: the arrays of every batch, one after the other; rows past `count` are padding. What a device cannot take
+            is moved to the host as it comes.
         mesh: the devices that get them, whole, where they fit.
-        budget: bytes of a device that they may take; None: a share of what is free.
+        budget: bytes of a device that they may take; None: a share of what is free before the first part is made.
     """
 
-    def __init__(self, parts: Sequence[tuple[Array, ...]], count: int, mesh: Mesh, budget: int | None = None):
+    def __init__(self, parts: Iterable[tuple[Array, ...]], count: int, mesh: Mesh, budget: float | None = None):
         self.count = count
-        needed = sum(x.nbytes for part in parts for x in part)
-        self.on_device = needed <= (free_bytes(mesh) if budget is None else budget)
+        allowed = free_bytes(mesh) if budget is None else budget
+        kept: list[tuple[Any, ...]] = []
+        needed, self.on_device = 0, True
+        for part in parts:
+            needed += sum(x.nbytes for x in part)
+            if self.on_device and needed > allowed:
+                self.on_device, kept = False, [whole(earlier) for earlier in kept]
+            kept.append(part if self.on_device else whole(part))
+        columns = zip(*kept, strict=True)
         if self.on_device:
             join = joining(mesh)
-            self.arrays: tuple[Any, ...] = tuple(join(column) for column in zip(*parts, strict=True))
+            self.arrays: tuple[Any, ...] = tuple(join(column) for column in columns)
         else:
-            self.arrays = tuple(
-                np.concatenate([whole(x) for x in column])[:count] for column in zip(*parts, strict=True)
-            )
+            self.arrays = tuple(np.concatenate(column)[:count] for column in columns)
 
     def on_host(self) -> tuple[np.ndarray, ...]:
         """The arrays as NumPy, without padding."""
@@ -65,11 +72,14 @@ def free_bytes(mesh: Mesh) -> float:
     return SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
 
 
-def queued(batches: Iterable[Any], run: Callable[[Any], Any]) -> list[Any]:
-    """`run` of every batch, without waiting for any but the one that lies `IN_FLIGHT` back."""
-    results = []
+def queued(batches: Iterable[Any], run: Callable[[Any], Any]) -> Iterator[Any]:
+    """`run` of every batch, in order, without waiting for any but the one that lies `IN_FLIGHT` back.
+
+    A result is given out when it is there, so that whoever takes it may move it or let it go.
+    """
+    under_way: deque[Any] = deque()
     for batch in batches:
-        results.append(run(batch))
-        if len(results) > IN_FLIGHT:
-            jax.block_until_ready(results[-1 - IN_FLIGHT])
-    return results
+        under_way.append(run(batch))
+        if len(under_way) > IN_FLIGHT:
+            yield jax.block_until_ready(under_way.popleft())
+    yield from under_way

@@ -5,7 +5,7 @@ Axes: B batch, R rows of a gallery, N visual tokens, L text tokens, D fusion wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -115,17 +115,19 @@ class RetrievalEvaluation:
         batches = iter(examples.items())
         first = next(batches)
         frames = first["pixels"].shape[1]
-        items = self._encode(chain([first], batches), lambda batch: self._encode_items(params, batch["pixels"]))
-        texts = self._encode(examples.texts(), partial(self._text_columns, params))
-        pairs = self._pair_scorer(params, frames, texts, examples.num_captions, items, examples.num_items)
+        items, item_rows = self._gallery(
+            chain([first], batches), partial(self._item_columns, params), examples.num_items
+        )
+        texts, text_rows = self._gallery(examples.texts(), partial(self._text_columns, params), examples.num_captions)
+        pairs = self._pair_scorer(params, frames, text_rows, item_rows)
 
         def told(done: int, total: int) -> None:
             if self._progress is not None:
                 self._progress(f"retrieval, pairs of {stream}", done, total)
 
         return rank(
-            features(texts, examples.num_captions),
-            features(items, examples.num_items),
+            texts,
+            items,
             examples.caption_item,
             score_pairs=pairs if self._rerank or self._all_pairs else None,
             rerank=self._rerank,
@@ -139,22 +141,32 @@ class RetrievalEvaluation:
             progress=told,
         )
 
+    def _item_columns(self, params: Params, batch: dict[str, Array]) -> tuple[Array, ...]:
+        """Features and tokens."""
+        return self._encode_items(params, batch["pixels"])
+
     def _text_columns(self, params: Params, batch: dict[str, Array]) -> tuple[Array, ...]:
         """Features, tokens and masks."""
         return *self._encode_texts(params, batch["token_ids"], batch["token_mask"]), batch["token_mask"]
 
-    def _encode(self, batches: Iterable[dict[str, Any]], encode: Callable[[dict[str, Array]], Any]) -> list[Any]:
-        """What `encode` gives for every batch, (B, …) each; the last rows are padding."""
+    def _gallery(
+        self, batches: Iterable[dict[str, Any]], encode: Callable[[dict[str, Array]], Any], count: int
+    ) -> tuple[Float[np.ndarray, "R E"], Rows]:
+        """The contrastive features of all rows, and the rest of what `encode` gives for every batch, (B, …) each."""
         fields = ("pixels", "token_ids", "token_mask")
         chosen = ({name: arrays[name] for name in fields if name in arrays} for arrays in batches)
-        return queued(chosen, lambda arrays: encode(global_batch(arrays, self._mesh)))
+        features: list[Array] = []
 
-    def _pair_scorer(
-        self, params: Params, frames: int, texts: list[Any], num_texts: int, items: list[Any], num_items: int
-    ) -> PairScorer:
-        """The score of pairs by number; `texts` and `items` are what `_encode` gave."""
-        text_rows = Rows([columns[1:] for columns in texts], num_texts, self._mesh)
-        item_rows = Rows([columns[1:] for columns in items], num_items, self._mesh)
+        def others() -> Iterator[tuple[Array, ...]]:
+            for first, *rest in queued(chosen, lambda arrays: encode(global_batch(arrays, self._mesh))):
+                features.append(first)
+                yield tuple(rest)
+
+        rows = Rows(others(), count, self._mesh)
+        return np.concatenate([whole(x) for x in features])[:count], rows
+
+    def _pair_scorer(self, params: Params, frames: int, text_rows: Rows, item_rows: Rows) -> PairScorer:
+        """The score of pairs by number."""
 
         def on_device(text_ids: Int[np.ndarray, " B"], item_ids: Int[np.ndarray, " B"]) -> Float[Array, " B"]:
             ids = split_rows((text_ids, item_ids), self._mesh)
@@ -169,11 +181,6 @@ class RetrievalEvaluation:
             return self._score(params, *split_rows(pairs, self._mesh), frames)
 
         return from_host
-
-
-def features(columns: list[tuple[Array, ...]], count: int) -> Float[np.ndarray, "R E"]:
-    """The contrastive features of all rows but padding."""
-    return np.concatenate([whole(first) for first, *_ in columns])[:count]
 
 
 def pair_scores(model: SCL, head: Head, joint: Float[Array, "B J"]) -> Float[Array, " B"]:

@@ -1,5 +1,6 @@
 """Rows of a gallery are the same wherever they lie, and pairs are scored the same from there."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,25 @@ def test_rows_are_joined_without_padding_on_the_device_or_on_the_host(budget):
         np.testing.assert_array_equal(ours, expected[:21])
     if rows.on_device:
         assert all(x.is_fully_replicated for x in rows.arrays)
+
+
+def test_what_a_device_cannot_take_is_moved_to_the_host_as_it_comes():
+    """Not when the last part is there, which might never be."""
+    mesh, made, alive = make_mesh(), [], []
+    columns = np.arange(40 * 3, dtype=np.float32).reshape(40, 3)
+
+    def parts():
+        for start in range(0, 40, 8):
+            alive.append(sum(part() is not None for part in made))
+            (part,) = split_rows((columns[start : start + 8],), mesh)
+            made.append(weakref.ref(part))
+            yield (part,)
+            del part
+
+    rows = Rows(parts(), 37, mesh, budget=columns[:16].nbytes)
+    assert alive == [0, 1, 2, 1, 1]  # the third was too much; the one that was moved last is still held
+    assert not rows.on_device
+    np.testing.assert_array_equal(rows.arrays[0], columns[:37])
 
 
 def test_at_most_so_many_batches_are_under_way():

@@ -132,13 +132,13 @@ def why_other_classes(path: Path, classes: tuple[str, ...]) -> str:
     known = read_classes(path)
     if not known or known == classes:
         return ""
-    pairs = itertools.zip_longest(known, classes, fillvalue=None)
-    number, (there, here) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
-    names = ["none" if name is None else repr(name) for name in (there, here)]
+    pairs = enumerate(itertools.zip_longest(known, classes))
+    number, (there, here) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    there, here = ("missing" if name is None else repr(name) for name in (there, here))
     return (
-        f"{classes_file(path)} lists {len(known)} classes, but the data have {len(classes)}, or another order: class "
-        f"{number} is {names[0]} there and {names[1]} in the data, so that one would be taken for the other; "
-        "name the data that it was trained on, as they were prepared then"
+        f"{classes_file(path)} lists {len(known)} classes, the data have {len(classes)}, and class {number} is {there} "
+        f"there and {here} in the data, so that one would be taken for the other; name the data that it was trained "
+        "on, as they were prepared then"
     )
 
 

@@ -208,7 +208,7 @@ def test_a_head_is_taken_up_for_the_answers_that_it_lists(classes: tuple[str, ..
     if classes[0] == "yes":
         initial_parameters(config, params, True, classes)
         return
-    with pytest.raises(ConversionError, match="init.checkpoint = .*: class 0 is 'yes' there and 'no' in the data"):
+    with pytest.raises(ConversionError, match="init.checkpoint = .* class 0 is 'yes' there and 'no' in the data"):
         initial_parameters(config, params, True, classes)
     config.task = "entailment"  # the head is left out, whatever it tells apart
     _, shapes = parameters.abstract(build.model_maker(config))

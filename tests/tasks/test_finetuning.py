@@ -201,7 +201,7 @@ def test_a_begun_run_keeps_its_answers(data_dir, renumbered, tmp_path, mode):
     Session(config(renumbered, "vqa"), tmp_path, mode)  # it has no list
     write_json(tmp_path / "classes.json", list(begun.classes))
     Session(config(data_dir, "vqa"), tmp_path, mode)
-    message = r"classes.json lists 23 classes, .*: class 21 is 'yes' there and 'no' in the data"
+    message = r"classes.json lists 23 classes, .* class 21 is 'yes' there and 'no' in the data"
     with pytest.raises(ConfigError, match=message):
         Session(config(renumbered, "vqa"), tmp_path, mode)
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from scl_jax.config import active_streams, default_config
 from scl_jax.convert.rules import ConversionError
+from scl_jax.convert.sources import settings_of
 from scl_jax.convert.torch_config import SCLConfig
 from scl_jax.data.tokens import Tokenizer
 
@@ -166,15 +167,7 @@ def _noted(path: Path) -> Inputs | None:
 
 def _settings(path: Path) -> tuple[Path, dict[str, Any]]:
     """The config.json of a folder, or ours beside a file, and what it holds: nothing where there is none."""
-    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    if not file.exists():
-        return file, {}
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
+    file, settings = settings_of(path)
     if path.is_file() and settings.get("model_type") != MODEL_TYPE:  # it is of something else
         return file, {}
     return file, settings

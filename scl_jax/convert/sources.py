@@ -91,6 +91,24 @@ def _trouble(value: np.ndarray) -> str:
     return f"{int(np.isnan(value).sum())} NaN, {int(np.isinf(value).sum())} infinite of {value.size} numbers"
 
 
+def settings_of(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a folder, or beside a file, and what it holds: nothing where there is none.
+
+    Raises:
+        ConversionError: it cannot be read.
+    """
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if not file.exists():
+        return file, {}
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConversionError(f"{file}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
+    return file, settings
+
+
 def check_settings(path: Path, expected: Mapping[str, Any]) -> None:
     """Looks into the config.json of a folder, or beside a file: a network that computes something else is an error.
 
@@ -100,15 +118,7 @@ def check_settings(path: Path, expected: Mapping[str, Any]) -> None:
     Raises:
         ConversionError: names the setting.
     """
-    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    if not file.exists():
-        return
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConversionError(f"{file}: not JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ConversionError(f"{file}: an object is expected, not a {type(settings).__name__}")
+    file, settings = settings_of(path)
     settings = settings.get("vision_config") or settings
     for name, value in expected.items():
         if settings.get(name, value) != value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from scl_jax.models.fusion import FusionConfig
-from scl_jax.models.layers import Precision, has_amx
+from scl_jax.models.layers import Precision
 from scl_jax.models.parameters import Params
 from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
@@ -84,6 +85,12 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         in_a_row = platform in ("gpu", "tpu") and remat(config) != "full"
         m.unroll = max(m[part].layers for part in ("vision", "text", "fusion")) if in_a_row else 1
     return config
+
+
+def has_amx() -> bool:
+    """Whether this machine's processor has AMX, Intel's units for products of bfloat16."""
+    information = Path("/proc/cpuinfo")
+    return information.exists() and "amx_bf16" in information.read_text()
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from scl_jax.data.builders import open_source
+
 CAPTIONS = (["a cat asleep", "eine Katze schläft", "猫"], ["a red bus"], ["two dogs", "dogs & a “ball”"])
 SIZES = ((32, 24), (20, 32), (32, 32))  # width, height: the second is a portrait
 
@@ -302,3 +304,9 @@ TREES = {
     "nlvr2/statements": nlvr2,
     "snli_ve/pairs": snli_ve,
 }
+
+
+def records(name, split, folder):
+    """All examples of a prepared split."""
+    source = open_source(name, split, folder)
+    return [source[index] for index in range(len(source))]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,13 +104,6 @@ def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"], amx: bool) -> 
         return columns_first(y, x, amx).T
     columns = x.T.reshape(-1) if amx else x.T  # of a single axis: XLA does not see that it is transposed
     return contract(jnp.reshape(jax.lax.optimization_barrier(columns), x.shape[::-1]), y, 0, amx)
-
-
-@cache
-def has_amx() -> bool:
-    """Whether this machine's processor has AMX, Intel's units for products of bfloat16."""
-    information = Path("/proc/cpuinfo")
-    return information.exists() and "amx_bf16" in information.read_text()
 
 
 @jax.custom_vjp

@@ -113,10 +113,8 @@ class _Part:
 
     def held_back(self) -> frozenset[int]:
         """The images of `validation`."""
-        entries = (entry for _, entry in self._questions() if isinstance(entry, dict))
-        images = {
-            entry["image_id"] for entry in entries if type(entry.get("image_id")) is int
-        }  # `entries` tells others
+        found = (entry.get("image_id") for _, entry in self._questions() if isinstance(entry, dict))
+        images = {image for image in found if type(image) is int}  # `entries` says what is wrong with others
         ordered = sorted(images, key=lambda image: hashlib.sha256(str(image).encode()).digest())
         return frozenset(ordered[:VALIDATION_IMAGES])
 

@@ -5,7 +5,7 @@ Runs on every tag in SCL_GOLDEN_DIR. Tolerances are those of golden/README.md.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,13 @@ def frame_major(x):
 def run_pass(
     case: GoldenCase, pixels, ids, mask, keep=None, replaced=None, image_type=IMAGE_TYPE, layers=False
 ) -> dict:
-    """All activations of one pass under their recorded names."""
-    static = {"image_type": image_type, "layers": layers}
-    traced = (case.params, pixels, ids, mask, keep, replaced)
-    return jax.jit(lambda *xs: activations(case.model(xs[0]), *xs[1:], **static))(*traced)
+    """All activations of one pass under their recorded names; passes of the same shapes share a program."""
+    return traced_pass(case.graph, image_type, layers, case.params, pixels, ids, mask, keep, replaced)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def traced_pass(graph, image_type: int, layers: bool, params, *inputs) -> dict:
+    return activations(parameters.merge(graph, params), *inputs, image_type=image_type, layers=layers)
 
 
 def activations(model, pixels, ids, mask, keep, replaced, *, image_type: int, layers: bool) -> dict:

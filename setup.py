@@ -13,7 +13,7 @@ RUNTIME = [
     "av>=18.1,<20",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
-    "huggingface_hub>=1,<3",
+    "huggingface_hub>=1.5,<3",
     "importlib_resources>=6",  # builders inside a package crash without it; tensorflow-datasets does not declare it
     "jax>=0.10.2,<0.12",
     "jaxtyping>=0.3.11,<0.4",
@@ -26,12 +26,12 @@ RUNTIME = [
     "pillow>=12,<14",
     "pyarrow>=18",  # own_data reads ViLT's arrow files; tensorflow-datasets brings it along
     "rich>=14,<16",
-    "safetensors>=0.6,<1",
+    "safetensors>=0.8,<1",
     "simplejpeg>=1.8,<2",  # data.resize="fast"
     "tensorboardX>=2.6.5,<3",  # event files without TensorFlow and without the viewer's web server
     "tensorflow-datasets>=4.9.10,<4.10",  # the shard format only: TensorFlow itself is never imported
-    "tokenizers>=0.22,<0.24",
-    "transformers>=5,<6",
+    "tokenizers>=0.23.1,<0.24",
+    "transformers>=5.17,<6",  # earlier ones write tokenizers without their splitting into words, and cannot read them
 ]
 
 EXTRAS = {

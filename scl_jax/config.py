@@ -8,6 +8,7 @@ A config file (`configs/*.py`) starts from `default_config()` and changes what d
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -257,14 +258,15 @@ def active_streams(config: ConfigDict) -> list[str]:
     return [name for name in STREAMS if any(config.data[name].datasets) and config.data[name].share > 0]
 
 
-def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: int = 0) -> ConfigDict:
+def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: int = 0, devices: int = 1) -> ConfigDict:
     """The config with everything derived that follows from the rest.
 
     vocab_size: the tokenizer's. answers: of the data set, for visual questions. examples: of an epoch; 0: not known.
+    devices: that the run will use; a smoke run is as large as they need.
     """
     config = config.copy_and_resolve_references()
     if config.debug:
-        _shrink(config)
+        _shrink(config, devices)
     if config.model.text.vocab_size == 0:
         config.model.text.vocab_size = vocab_size
     if config.model.answers == 0:
@@ -275,8 +277,8 @@ def finalize(config: ConfigDict, vocab_size: int, answers: int = 0, examples: in
     return config
 
 
-def _shrink(config: ConfigDict) -> None:
-    """A smoke run of the same code: a network of width 32, batches of 16, 20 steps.
+def _shrink(config: ConfigDict, devices: int) -> None:
+    """A smoke run of the same code: a network of width 32, batches of 16 (more where there are more devices), 20 steps.
 
     No published encoder has this size; a checkpoint may, as that of another smoke run. Of the evaluation, what is
     smaller or off stays so.
@@ -288,8 +290,10 @@ def _shrink(config: ConfigDict) -> None:
     config.model.projection_width = 16
     config.model.dtype = "float32"
     config.model.vision.image_size = 4 * config.model.vision.patch_size
+    pieces = math.lcm(8, devices)  # whole groups, and as many samples on each device
+    batch_size = -(-16 // pieces) * pieces
     for stream in STREAMS:
-        config.data[stream].update(image_size=config.model.vision.image_size, batch_size=16)
+        config.data[stream].update(image_size=config.model.vision.image_size, batch_size=batch_size)
     config.objectives.group_size = 8
     config.retrieval.update(group_size=8, others=3, hard_negatives=min(config.retrieval.hard_negatives, 3))
     for objective in config.objectives.values():
@@ -298,7 +302,7 @@ def _shrink(config: ConfigDict) -> None:
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.train.update(steps=20, epochs=0, checkpoint_every=10, accumulate=1)
     e = config.evaluate
-    e.update(every=min(e.every, 10), batch_size=min(e.batch_size, 16), rerank=min(e.rerank, 8))
+    e.update(every=min(e.every, 10), batch_size=min(e.batch_size, batch_size), rerank=min(e.rerank, 8))
     e.max_items = min(e.max_items or 32, 32)
     config.log.every = 5
 

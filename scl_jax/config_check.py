@@ -129,19 +129,26 @@ def _check_mesh(config: ConfigDict, devices: int, processes: int) -> Iterator[st
     yield from _unless(
         fits, f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} does not fit {devices} device(s)"
     )
-    batch = config.evaluate.batch_size
-    across = devices // max(config.mesh.tensor, 1)
+    batch, across = config.evaluate.batch_size, _across(config, devices)
     yield from _unless(
-        across and batch % across == 0 and batch % processes == 0,
+        batch % across == 0 and batch % processes == 0,
         f"evaluate.batch_size {batch} does not divide by the {across} device(s) it is split over",
     )
+
+
+def _across(config: ConfigDict, devices: int) -> int:
+    """The devices that a batch is split over: all but those of "tensor"; 1 where the mesh does not fit."""
+    mesh = config.mesh
+    if mesh.tensor == -1:  # takes what the others leave
+        return max(mesh.data * mesh.fsdp, 1)
+    return max(devices // max(mesh.tensor, 1), 1)
 
 
 def _check_stream(config: ConfigDict, name: str, devices: int) -> Iterator[str]:
     stream, model = config.data[name], config.model
     where = f"data.{name}"
     whole = group_size(config)
-    across = max(devices // max(config.mesh.tensor, 1), 1)
+    across = _across(config, devices)
     pieces = across * config.train.accumulate
     yield from _unless(
         stream.batch_size % pieces == 0,

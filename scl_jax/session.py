@@ -64,7 +64,8 @@ class Session:
         examples = tried(problems, lambda: examples_of(config), 0) if counted and not later else 0
         vocab_size = tokenizer.vocab_size if tokenizer else 0
         answers = len(self.classes) if config.task == "vqa" else 0
-        self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples)
+        devices = jax.device_count()
+        self.config = finalize(config, vocab_size or config.model.text.vocab_size or 1, answers, examples, devices)
         before = tried(problems, lambda: config_before(self.workdir), None)
         if before and self.config.train.epochs and mode == "evaluate":
             self.config.train.steps = before.train.steps  # counted when the run began
@@ -73,13 +74,13 @@ class Session:
             problems += tried(problems, lambda: other_tokenizer(tokenizer, self.config, self.workdir), [])
         problems += tried(problems, lambda: other_classes(self.classes, self.config, self.workdir), [])
         problems = list(dict.fromkeys(problems))
-        check(self.config, vocab_size, jax.device_count(), jax.process_count(), problems)
+        check(self.config, vocab_size, devices, jax.process_count(), problems)
         assert tokenizer is not None  # else a problem
         self.tokenizer: Tokenizer = tokenizer
         self.bad_records = BadRecords(self.config, self.workdir)
         if later:
             examples = examples_of(config, self.bad_records.left_out("train"))
-            self.config = finalize(config, vocab_size, answers, examples)
+            self.config = finalize(config, vocab_size, answers, examples, devices)
         check_config(self.config, self.workdir)
         self.mesh = sharding.make_mesh(**self.config.mesh)
         self.task = build.task(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)

@@ -127,6 +127,21 @@ def test_a_batch_is_split_over_all_devices_but_those_of_tensor():
     ]
 
 
+@pytest.mark.parametrize("data", [1, 2, 4])
+def test_tensor_may_take_the_devices_that_the_others_leave(data):
+    sizes = {"data.images.batch_size": 16 * data, "data.videos.batch_size": 16 * data, "evaluate.batch_size": data}
+    config = config_with(**sizes, **{"mesh.data": data, "mesh.tensor": -1})
+    check(config, VOCAB, devices=8)
+    config.evaluate.batch_size = 1
+    said = [f"evaluate.batch_size 1 does not divide by the {data} device(s) it is split over"]
+    assert data == 1 or problems_of(config) == said
+
+
+def test_of_a_mesh_of_too_many_devices_only_that_is_said():
+    said = "mesh data=-1, fsdp=1, tensor=16 does not fit 8 device(s)"
+    assert problems_of(config_with(**{"mesh.tensor": 16})) == [said]
+
+
 def test_a_stream_that_is_off_is_not_checked():
     config = config_with(**{"data.videos.share": 0.0, "data.videos.frames": 99})
     assert active_streams(config) == ["images"]
@@ -237,6 +252,14 @@ def test_debug_leaves_alone_what_is_off_or_smaller_in_the_evaluation():
     large = {"evaluate.every": 500, "evaluate.rerank": 128, "evaluate.max_items": 0, "evaluate.batch_size": 64}
     small = finalize(config_with(debug=True, **large), VOCAB).evaluate
     assert (small.every, small.rerank, small.max_items, small.batch_size) == (10, 8, 32, 16)
+
+
+@pytest.mark.parametrize("devices", [1, 6, 8, 12, 32, 64])
+def test_debug_takes_batches_that_any_number_of_devices_can_share(devices):
+    small = finalize(config_with(debug=True), VOCAB, devices=devices)
+    check(small, VOCAB, devices=devices)
+    sizes = {small.evaluate.batch_size, *(small.data[stream].batch_size for stream in active_streams(small))}
+    assert sizes == {{6: 24, 12: 24, 32: 32, 64: 64}.get(devices, 16)}
 
 
 def test_debug_of_the_quickstart_passes(parse):

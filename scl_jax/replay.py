@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from scl_jax.config import config_of_run
 from scl_jax.data.records import NOTHING, LeftOut, Records
 from scl_jax.session import Session
+from scl_jax.training import sharding
 from scl_jax.training.checkpoint import Checkpoints, abstract_state
 from scl_jax.training.inspection import Finding, described, of_parameters
 from scl_jax.training.loop import Fed, Feed
@@ -71,6 +74,21 @@ def replay(session: Session, step: int | None = None) -> tuple[list[Finding], li
     ]
 
 
+PLATFORMS = {"mosaic": "tpu", "fused": "gpu", "cudnn": "gpu"}  # of kernels for attention
+
+
+def on_devices_here(config: ConfigDict) -> ConfigDict:
+    """The config of a run for this machine, whose devices may be fewer or others: masks and losses are the same."""
+    if PLATFORMS.get(config.model.attention, jax.default_backend()) != jax.default_backend():
+        config.model.attention = "auto"
+    try:
+        sharding.make_mesh(**config.mesh)
+    except ValueError:
+        print(f"the run's mesh does not fit {jax.device_count()} device(s): all of them share the batch", flush=True)
+        config.mesh.update(data=-1, fsdp=1, tensor=1)
+    return config
+
+
 def of_batch(session: Session, stream: str, batch: Batch) -> list[str]:
     """The examples of a batch by data set and id, and numbers in it that are not finite."""
     items = np.asarray(batch.item_id).tolist()
@@ -104,7 +122,8 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.WARNING)
     try:
-        findings, lines = replay(Session(config_of_run(options.workdir), options.workdir, "replay"), options.step)
+        config = on_devices_here(config_of_run(options.workdir))
+        findings, lines = replay(Session(config, options.workdir, "replay"), options.step)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(lines))

@@ -20,7 +20,7 @@ from test_session import Devices
 
 from scl_jax import main
 from scl_jax.config import ConfigError, config_of_run, default_config
-from scl_jax.replay import replay
+from scl_jax.replay import on_devices_here, replay
 from scl_jax.session import Session
 from scl_jax.training.checkpoint import CheckpointError, Checkpoints
 from scl_jax.training.nonfinite import SKIPPED, NonFiniteError, records
@@ -104,6 +104,16 @@ def test_a_step_is_replayed_with_its_batch_and_masks(data_dir, tmp_path, capsys)
     for finding in findings:
         assert finding.loss == pytest.approx(expected[f"loss/images/{finding.objective}"], rel=1e-5)
     assert any("every loss and every gradient is finite" in line for line in lines)
+
+
+def test_a_run_of_many_devices_is_replayed_on_those_that_are_here(capsys):
+    config = default_config()
+    config.mesh.update(data=2, fsdp=4)
+    config.model.attention = "fused"  # of a GPU
+    assert on_devices_here(config).mesh.to_dict() == {"data": -1, "fsdp": 1, "tensor": 1}
+    assert config.model.attention == "auto"
+    assert "the run's mesh does not fit 1 device(s)" in capsys.readouterr().out
+    assert on_devices_here(config).mesh.data == -1 and not capsys.readouterr().out
 
 
 @pytest.mark.slow

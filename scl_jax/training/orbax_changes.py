@@ -12,8 +12,8 @@ from typing import Any
 from orbax.checkpoint._src.futures import future, signaling_client
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-# said at every save between two evaluations, and where the state alone is read
-_HARMLESS = ("did not provide metrics", "Metadata file does not exist")
+# said at every save between two evaluations, where the state alone is read, and where nothing is to be written
+_HARMLESS = ("did not provide metrics", "Metadata file does not exist", "read_only=True", "directory is read only")
 
 
 @functools.cache

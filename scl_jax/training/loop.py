@@ -255,7 +255,8 @@ def train(
         compile_timeout: seconds that processes wait for each other's compilers.
 
     Returns:
-        The last state, and whether training is complete (False after SIGTERM: saved, to be continued).
+        The last state, and whether training is complete (False after SIGTERM, in the last step, too: saved, to be
+        continued).
 
     Raises:
         NonFiniteError: too many steps in a row were not finite; its `state` is the last one.
@@ -296,8 +297,8 @@ def train(
                 speed.reset()
             if stopping:
                 break
-    checkpoints.wait()
-    return state, number >= schedule.steps
+        checkpoints.wait()
+    return state, number >= schedule.steps and not stop.received
 
 
 def _settle(guard: Guard, state: TrainState, leave: int = 0) -> None:

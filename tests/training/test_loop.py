@@ -89,7 +89,7 @@ def count(state, batch, active):
     return dataclasses.replace(state, step=state.step + 1), {"loss/total": 1.0 * state.step, SKIPPED: jnp.zeros([])}
 
 
-def run(workdir, begin=0, before=lambda number: None, **schedule):
+def run(workdir, begin=0, before=lambda number: None, evaluate=lambda state: {}, **schedule):
     """(last state, whether complete) of six steps, saved every other one."""
     plan = dataclasses.replace(Schedule(6, log_every=2, checkpoint_every=2, evaluate_every=0), **schedule)
     state = TrainState(jnp.asarray(begin, jnp.int32), {"x": jnp.ones(2)}, (), None)
@@ -97,7 +97,7 @@ def run(workdir, begin=0, before=lambda number: None, **schedule):
     with RunLog(workdir, 6, console=False, tensorboard=False) as log:
         step, guard = jax.jit(count, static_argnums=2), Guard(workdir / "nonfinite", 10, 0)
         arguments = (task, step, state, Batches(before), make_mesh(), plan, checkpoints, log)
-        return train(*arguments, lambda state: {}, Window(), guard, 60)  # type: ignore[arg-type]
+        return train(*arguments, evaluate, Window(), guard, 60)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -133,6 +133,22 @@ def test_a_trace_is_written_when_a_signal_ends_the_run(tmp_path, traces):
         tmp_path, profile=(1, 5), before=lambda number: number == 3 and os.kill(os.getpid(), signal.SIGTERM)
     )
     assert not complete and int(state.step) < 4 and traces == ["start", "stop"]
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(tmp_path):
+    """Else it would go on into the final evaluation, for as long as that takes."""
+    state, complete = run(
+        tmp_path, evaluate_last=True, evaluate=lambda state: os.kill(os.getpid(), signal.SIGTERM) or {}
+    )
+    assert not complete and int(state.step) == 6
+    assert (tmp_path / "checkpoints/6").is_dir()
+
+
+def test_a_signal_while_the_last_save_is_under_way_lets_it_become_whole(tmp_path, monkeypatch):
+    wait = Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: (signal.raise_signal(signal.SIGTERM), wait(self)))
+    assert run(tmp_path)[1] is False
+    assert (tmp_path / "checkpoints/6").is_dir()
 
 
 def test_ctrl_c_is_passed_on_to_the_handler_that_many_processes_have(monkeypatch):

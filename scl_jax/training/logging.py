@@ -7,6 +7,7 @@
     tokenizer/        a copy of the tokenizer, so that the run can be used wherever it lies
     environment.json  git revision, versions, devices, command
     results.json      the final evaluation
+    wandb_run.json    what Weights & Biases calls this run, where asked for
 
 Names: `loss/<objective>` and `loss/total`, `accuracy/<objective>`, `learning_rate`, `speed/examples_per_second`,
 `speed/data_wait` (share of the time, 0 to 1, that the device waited for a batch, at most) and `speed/mfu`,
@@ -16,13 +17,14 @@ Evaluations keep the names of results.json: `matching/accuracy`, `retrieval/text
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
+import json
 import math
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from scl_jax.training.tensorboard import EventFile
 Metrics = Mapping[str, Any]  # name → number: Python, NumPy or a JAX scalar
 
 SPEED = "speed/"
+WANDB_RUN = "wandb_run.json"
 PERCENTAGES = (
     "accuracy",
     "recall",
@@ -254,8 +257,12 @@ def _start_wandb(project: str, workdir: Path):
         wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(f"log.wandb_project={project!r} needs wandb: pip install wandb, or leave it empty") from error
-    run_id = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]  # a restart continues its own curves
-    return wandb.init(project=project, dir=str(workdir), name=workdir.name, id=run_id, resume="allow")
+    # a restart continues its own curves; not those of another run in a folder of this name, whose later steps W&B keeps
+    file = workdir / WANDB_RUN
+    if not file.exists():
+        write_json(file, {"id": uuid.uuid4().hex[:16]})
+    name = json.loads(file.read_text())["id"]
+    return wandb.init(project=project, dir=str(workdir), name=workdir.name, id=name, resume="allow")
 
 
 def _number(value: Any) -> float | int:

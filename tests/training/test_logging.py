@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,26 @@ def test_wandb_is_asked_for_by_name_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         RunLog(tmp_path, 1, console=False, tensorboard=False, wandb_project="scl")
+
+
+def test_a_restart_continues_its_curves_and_a_new_run_in_the_same_place_begins_others(tmp_path, monkeypatch):
+    """W&B takes no steps before the last one of a run that it knows: those of the new run would be lost."""
+    asked: list[str] = []
+
+    def init(**options):
+        asked.append(options["id"])
+        return SimpleNamespace(finish=lambda: None)
+
+    def start(workdir):
+        RunLog(workdir, 1, console=False, tensorboard=False, wandb_project="scl").close()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    start(tmp_path / "run")
+    start(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    start(tmp_path / "moved")
+    start(tmp_path / "run")
+    assert asked[0] == asked[1] == asked[2] != asked[3]
 
 
 @pytest.mark.parametrize(

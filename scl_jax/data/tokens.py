@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's; a trained vocabulary opens with them
 BYTE_ALPHABET = 256
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 RUN_TOKENIZER = "tokenizer"  # folder in a work directory
 _PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~“”‘’„«»…–—¿¡"
 
@@ -103,9 +105,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer as a folder that `load_tokenizer` and RobertaTokenizerFast read."""
-        from transformers import RobertaTokenizerFast
-
-        _write_folder(RobertaTokenizerFast(tokenizer_object=self._backend), Path(folder).expanduser())
+        _write_folder(_roberta()(tokenizer_object=self._backend), Path(folder).expanduser())
 
 
 def load_tokenizer(folder_or_name: str | Path) -> Tokenizer:
@@ -113,8 +113,6 @@ def load_tokenizer(folder_or_name: str | Path) -> Tokenizer:
 
     Raises FileNotFoundError when it cannot be found or reached, ValueError when it is not of the RoBERTa kind.
     """
-    from transformers import RobertaTokenizerFast  # 1.5 s: not in worker processes, which unpickle a Tokenizer
-
     folder = Path(folder_or_name).expanduser()
     if not folder.is_dir():
         folder = _from_hub(str(folder_or_name))
@@ -124,7 +122,7 @@ def load_tokenizer(folder_or_name: str | Path) -> Tokenizer:
             "give the folder that `prepare --train_tokenizer` or `save_pretrained` wrote"
         )
     try:
-        backend: Backend = RobertaTokenizerFast.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        backend: Backend = _roberta().from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     except Exception as error:  # the libraries raise bare Exception for files they cannot parse
         raise ValueError(f"tokenizer folder {folder} cannot be read: {error}") from error
     # transformers adds missing special tokens beside the vocabulary, silently: look into the vocabulary itself
@@ -159,8 +157,6 @@ def train_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int
 
     The vocabulary opens with SPECIAL_TOKENS and the 256 bytes; it stays below `vocab_size` when the captions are few.
     """
-    from transformers import RobertaTokenizerFast
-
     check_vocab_size(vocab_size)
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(
@@ -171,8 +167,23 @@ def train_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int
         raise ValueError("no caption to train a tokenizer on: no two characters appear together twice")
     merges: Any = [tuple(merge) for merge in model["merges"]]  # pairs, which transformers' annotation does not know
     # `vocab=` and `merges=`: the older `vocab_file=` and `merges_file=` silently give a vocabulary of five
-    _write_folder(RobertaTokenizerFast(vocab=model["vocab"], merges=merges), Path(folder).expanduser())
+    _write_folder(_roberta()(vocab=model["vocab"], merges=merges), Path(folder).expanduser())
     return load_tokenizer(folder)
+
+
+def _roberta() -> Any:
+    """transformers' RobertaTokenizerFast: 1.5 s, so not in worker processes, which unpickle a Tokenizer.
+
+    Where PyTorch is not installed its import says that "models won't be available", at every start: ours are.
+    """
+    before = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        from transformers import RobertaTokenizerFast
+    finally:
+        os.environ.pop(_NO_ADVICE)
+        os.environ.update({_NO_ADVICE: before} if before is not None else {})
+    return RobertaTokenizerFast
 
 
 def _write_folder(tokenizer: Any, folder: Path) -> None:

@@ -1,12 +1,16 @@
 """Facts about tokens.py: static shapes, words of the byte-level vocabulary, folders, threads, training."""
 
 import json
+import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+from scl_jax.data import tokens
 from scl_jax.data.tokens import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 
 CAPTIONS = [
@@ -199,3 +203,14 @@ def test_tokenizer_of_another_kind_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{ not json")
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_transformers_does_not_say_at_every_start_that_it_has_no_models(monkeypatch):
+    class Transformers(ModuleType):
+        def __getattr__(self, name):
+            return os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", Transformers("transformers"))
+    assert tokens._roberta() == "1"
+    assert "TRANSFORMERS_NO_ADVISORY_WARNINGS" not in os.environ  # the user's own use of transformers

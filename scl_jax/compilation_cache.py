@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import jax
 
@@ -11,11 +10,12 @@ SHORTEST = 0.3  # seconds of compilation; what compiles faster is not worth a fi
 
 
 def keep_compiled(folder: str) -> None:
-    """Keeps compiled programs in `folder` ("~" is the home; empty: nowhere), unless JAX's own variable names another.
+    """Keeps compiled programs in `folder`, unless JAX's own variable names another; before anything is compiled.
 
-    To be called before anything is compiled.
+    folder: "~" is the home; nowhere where it is empty, or where there is no home.
     """
-    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    place = os.path.expanduser(folder)  # leaves "~" where there is no home, as of a container's user without a name
+    if place and not place.startswith("~") and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", place)
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import pwd
 import random
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toy_run
 from test_session import Devices
 
 from scl_jax import main
+from scl_jax.compilation_cache import keep_compiled
 from scl_jax.config import ConfigError, config_of_run, default_config
 from scl_jax.replay import on_devices_here, replay
 from scl_jax.session import Session
@@ -126,6 +129,24 @@ def test_a_run_that_ends_because_of_a_gradient_names_its_objective(data_dir, tmp
 
 
 # ---- work directory and checkpoints ----
+
+
+def test_where_there_is_no_home_nothing_is_kept_there(monkeypatch):
+    """As for a user of a container who has a number only."""
+
+    def nobody(number):
+        raise KeyError(number)
+
+    told: dict[str, object] = {}
+    for variable in ("HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    keep_compiled("~/.cache/scl_jax/xla")
+    assert "jax_compilation_cache_dir" not in told
+    keep_compiled("/tmp/xla")
+    assert told["jax_compilation_cache_dir"] == "/tmp/xla"
+    assert located("~nobody_of_this_name/run") == Path("~nobody_of_this_name/run")
 
 
 def test_a_work_directory_in_use_is_refused(data_dir, tmp_path):

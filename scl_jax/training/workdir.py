@@ -29,7 +29,7 @@ def located(workdir: Path | str) -> Path:
         raise WorkdirError(
             f"--workdir={workdir} is an address: name a folder, which all hosts see where there are many"
         )
-    return Path(workdir).expanduser()
+    return Path(os.path.expanduser(workdir))  # which leaves "~old" alone where there is no such user
 
 
 @contextmanager

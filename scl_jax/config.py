@@ -302,7 +302,8 @@ def _shrink(config: ConfigDict, devices: int) -> None:
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.train.update(steps=20, epochs=0, checkpoint_every=10, accumulate=1)
     e = config.evaluate
-    e.update(every=min(e.every, 10), batch_size=min(e.batch_size, batch_size), rerank=min(e.rerank, 8))
+    fits = e.batch_size < batch_size and e.batch_size % devices == 0
+    e.update(every=min(e.every, 10), batch_size=e.batch_size if fits else batch_size, rerank=min(e.rerank, 8))
     e.max_items = min(e.max_items or 32, 32)
     config.log.every = 5
 

@@ -259,6 +259,8 @@ def test_debug_takes_batches_that_any_number_of_devices_can_share(devices):
     small = finalize(config_with(debug=True), VOCAB, devices=devices)
     check(small, VOCAB, devices=devices)
     sizes = {small.evaluate.batch_size, *(small.data[stream].batch_size for stream in active_streams(small))}
+    other = finalize(config_with(debug=True, **{"evaluate.batch_size": 16}), VOCAB, devices=devices)
+    check(other, VOCAB, devices=devices)
     assert sizes == {{6: 24, 12: 24, 32: 32, 64: 64}.get(devices, 16)}
 
 

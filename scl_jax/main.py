@@ -104,6 +104,10 @@ def parse(arguments: list[str]) -> list[str]:
                 f"error: what stands behind the colon of --config is nothing that the config takes ({last.strip()})"
             )
         return app.parse_flags_with_usage(arguments)  # says it in absl's way, and ends
+    except ModuleNotFoundError as error:
+        if error.name != "configs":
+            raise
+        sys.exit("error: the config takes parts of other configs: run the command from the root of the repository")
     except (AttributeError, KeyError) as error:
         # an override; a mistake within the config file keeps its traceback
         if not any(frame.filename.endswith("config_path.py") for frame in traceback.extract_tb(error.__traceback__)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -267,6 +268,16 @@ def test_debug_takes_batches_that_any_number_of_devices_can_share(devices):
 def test_debug_of_the_quickstart_passes(parse):
     config = finalize(parse("--config.debug"), 512)
     check(config, 512, devices=jax.device_count())
+
+
+def test_a_config_read_from_another_folder_says_where_to_run_the_command(tmp_path):
+    (tmp_path / "scl_jax").symlink_to(QUICKSTART.parents[1] / "scl_jax")  # as installed
+    command = [sys.executable, "-m", "scl_jax.main", "--workdir=nowhere", f"--config={QUICKSTART}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1 and re.fullmatch("error: .* from the root of the repository\n", done.stderr), (
+        done.stderr
+    )
 
 
 def saved(config) -> dict:

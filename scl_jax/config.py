@@ -240,7 +240,7 @@ def config_of_run(workdir: Path) -> ConfigDict:
 
     Raises:
         FileNotFoundError: it holds none.
-        ConfigError: its config.json is no JSON.
+        ConfigError: its config.json is no JSON, or holds values of other types.
     """
     file = workdir / "config.json"
     config = default_config().unlock()
@@ -250,6 +250,8 @@ def config_of_run(workdir: Path) -> ConfigDict:
         raise FileNotFoundError(f"{file} is missing: give the work directory of a run") from error
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error})") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: not the config of a run ({error})") from error
     return config.lock()
 
 

@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from scl_jax.config import ConfigError, active_streams, default_config, differences, finalize
+from scl_jax.config import ConfigError, active_streams, config_of_run, default_config, differences, finalize
 from scl_jax.config_check import check
 from scl_jax.objectives.views import OBJECTIVES
 
@@ -268,6 +268,21 @@ def test_debug_takes_batches_that_any_number_of_devices_can_share(devices):
 def test_debug_of_the_quickstart_passes(parse):
     config = finalize(parse("--config.debug"), 512)
     check(config, 512, devices=jax.device_count())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": ', "not JSON"),
+        ('{"train": {"steps": "many"}}', r"not the config of a run \(.*'steps'"),
+        ('{"train": 5}', "not the config of a run"),
+        ("[1]", "not the config of a run"),
+    ],
+)
+def test_a_work_directory_with_a_mistaken_config_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: {message}"):
+        config_of_run(tmp_path)
 
 
 def test_a_config_read_from_another_folder_says_where_to_run_the_command(tmp_path):

@@ -289,8 +289,16 @@ class Session:
         return f"The gradient that is not finite is that {found or 'of no objective alone'}."
 
     def evaluate(self) -> None:
-        """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split."""
+        """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split.
+
+        Raises:
+            FileNotFoundError: there is neither; nothing is made then.
+        """
         end_at_sigterm()
+        if not is_begun(self.workdir) and not self.config.init.checkpoint:
+            raise FileNotFoundError(
+                f"no checkpoint in {self.workdir}: give the work directory of a run, or weights by init.checkpoint"
+            )
         with held(self.workdir, self.is_main):
             self._evaluate()
 

@@ -228,6 +228,13 @@ def test_an_evaluation_needs_no_training_shards(data_dir, tmp_path, bad_records)
         Session(toy_run.config(elsewhere, **changes), run)
 
 
+def test_an_evaluation_of_nothing_makes_no_folder(data_dir, tmp_path):
+    session = Session(toy_run.config(data_dir, **{"mesh.data": -1}), tmp_path / "typo", "evaluate")
+    with pytest.raises(FileNotFoundError, match="typo: give the work directory of a run, or weights by init.checkp"):
+        session.evaluate()
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_missing_data_set_of_questions_is_one_problem(data_dir, tmp_path):
     changes = {"task": "vqa", "train.best_metric": "vqa/score", "data.videos.share": 0.0, "mesh.data": -1}
     changes["data.images.datasets"] = ("toy_world/questions",)

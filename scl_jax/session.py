@@ -292,15 +292,20 @@ class Session:
         """Evaluates the chosen checkpoint, or without one `config.init.checkpoint`, on the final split.
 
         Raises:
-            FileNotFoundError: there is neither; nothing is made then.
+            FileNotFoundError: there is neither; no folder is made then.
         """
         end_at_sigterm()
+        if not self.workdir.exists():  # else another process may hold it, which goes first
+            self._check_evaluated()
+        with held(self.workdir, self.is_main):
+            self._check_evaluated()
+            self._evaluate()
+
+    def _check_evaluated(self) -> None:
         if not is_begun(self.workdir) and not self.config.init.checkpoint:
             raise FileNotFoundError(
                 f"no checkpoint in {self.workdir}: give the work directory of a run, or weights by init.checkpoint"
             )
-        with held(self.workdir, self.is_main):
-            self._evaluate()
 
     def _evaluate(self) -> None:
         graph, _, state = self.initial_state(complete=True)

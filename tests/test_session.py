@@ -230,9 +230,13 @@ def test_an_evaluation_needs_no_training_shards(data_dir, tmp_path, bad_records)
 
 def test_an_evaluation_of_nothing_makes_no_folder(data_dir, tmp_path):
     session = Session(toy_run.config(data_dir, **{"mesh.data": -1}), tmp_path / "typo", "evaluate")
-    with pytest.raises(FileNotFoundError, match="typo: give the work directory of a run, or weights by init.checkp"):
+    said = "typo: give the work directory of a run, or weights by init.checkpoint"
+    with pytest.raises(FileNotFoundError, match=said):
         session.evaluate()
     assert not (tmp_path / "typo").exists()
+    (tmp_path / "typo").mkdir()  # of a run that has saved nothing yet: said before a network is made
+    with pytest.raises(FileNotFoundError, match=said):
+        session.evaluate()
 
 
 def test_a_missing_data_set_of_questions_is_one_problem(data_dir, tmp_path):

@@ -25,13 +25,13 @@ def picture(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def clip(seed: int) -> bytes:
+def clip(seed: int, width: int = 32) -> bytes:
     buffer, rng = io.BytesIO(), np.random.default_rng(seed)
     with av.open(buffer, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", 4
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, 32, "yuv420p", 4
         for _ in range(6):
-            pixels = np.broadcast_to(rng.integers(0, 255, 3, dtype=np.uint8), (32, 32, 3)).copy()
+            pixels = np.broadcast_to(rng.integers(0, 255, 3, dtype=np.uint8), (32, width, 3)).copy()
             out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         out.mux(stream.encode())
     return buffer.getvalue()
@@ -209,6 +209,56 @@ def test_all_frames_of_a_clip_get_the_same_crop(data, sources, monkeypatch):
     assert (pixels[0] != pixels[1]).any()
 
 
+@pytest.mark.parametrize("resize", ["bicubic", "fast"])
+def test_a_training_clip_is_its_frames_drawn_at_random(data, monkeypatch, resize):
+    def decode(media, frames, rng):
+        assert rng is not None, "evenly spaced frames are those of evaluation"
+        return np.stack([np.full((48, 64, 3), 100 * frame, np.uint8) for frame in range(frames)])
+
+    monkeypatch.setattr(pipeline.video, "decode_frames", decode)
+    data.images.share, data.videos.resize = 0.0, resize
+    pixels = next(iterator(data))["pixels"]
+    assert [np.unique(pixels[:, frame]).tolist() for frame in range(3)] == [[0], [100], [200]]
+
+
+def test_a_clip_in_a_stream_of_images_is_one_of_its_frames(data, sources):
+    sources["first/images"], data.videos.share = records(11, clip, "c"), 0.0
+    data.images.datasets = ("first/images",)
+    for batch in (next(iterator(data)), next(evaluation(data, ("first/images",), batch_size=8).items())):
+        assert batch["pixels"].shape == (8, 1, 16, 16, 3)
+
+
+def test_the_crop_is_drawn_for_the_upright_size_and_the_flip_for_the_caption(data, sources, monkeypatch):
+    exif, buffer, drawn = Image.Exif(), io.BytesIO(), []
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", exif=exif)
+    sources["first/images"] = [{"id": "0", "media": buffer.getvalue(), "captions": ["a picture"]}]
+    sources["some/videos"] = [{"id": "0", "media": clip(0, 48), "captions": ["a clip"]}]
+    original = pipeline.images.draw_augmentation
+
+    def draw(size, *options):
+        drawn.append((size, options[-2]))
+        return original(size, *options)
+
+    monkeypatch.setattr(pipeline.images, "draw_augmentation", draw)
+    data.images.update(datasets=("first/images",), batch_size=1, share=0.5)
+    data.videos.update(batch_size=1, share=0.5)
+    take(iterator(data), 2)
+    assert set(drawn) == {((30, 40), "a picture"), ((48, 32), "a clip")}
+
+
+def test_streams_and_seeds_have_orders_of_their_own(data):
+    states = []
+
+    def make_examples(name, seeds):
+        states.append(tuple(seeds.generate_state(2)))
+        return grain.MapDataset.source(range(8))
+
+    for seed in (0, 1):
+        pipeline.mixed_batches(data, make_examples, seed, range)
+    assert len(set(states)) == 4
+
+
 def test_nothing_to_train_on_is_an_error(data):
     data.images.datasets, data.videos.share = ("",), 0.0
     with pytest.raises(ValueError, match="no training data: name data sets"):
@@ -315,6 +365,16 @@ def test_a_broken_record_is_named_at_evaluation(data, sources):
     sources["some/videos"][3]["media"] = b"no video"
     with pytest.raises(ValueError, match=r"some/videos, split test, record 3 \(id 'v3'\): cannot decode video"):
         list(evaluation(data, ("some/videos",), "videos").items())
+
+
+def test_an_evaluated_clip_is_its_frames_without_anything_random(data, monkeypatch):
+    def decode(media, frames, rng):
+        assert rng is None
+        return np.stack([np.full((48, 64, 3), 100 * frame, np.uint8) for frame in range(frames)])
+
+    monkeypatch.setattr(pipeline.video, "decode_frames", decode)
+    pixels = evaluation(data, ("some/videos",), "videos").frames(0)
+    assert [np.unique(frame).tolist() for frame in pixels] == [[0], [100], [200]]
 
 
 def test_frames_of_an_item_are_what_the_model_sees(data):

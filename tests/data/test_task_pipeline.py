@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from batches import Letters, assert_same, take, text_of
 
 from scl_jax.config import default_config
 from scl_jax.data.builders import open_source, prepare, toy_tasks
-from scl_jax.data.task_pipeline import class_names, task_dataset, task_evaluation_set
+from scl_jax.data.pipeline import TrainExample
+from scl_jax.data.task_pipeline import Example, class_names, task_dataset, task_evaluation_set
 
 LENGTH = 48
 
@@ -142,6 +145,28 @@ def test_the_images_of_an_example_are_augmented_each_by_its_own_draw(folder, mon
     assert (batch["pixels"] != batch["second_pixels"]).any()
     shown = next(evaluation(data_of(folder, "toy_world/statements"), "toy_world/statements").batches())
     np.testing.assert_array_equal(shown["pixels"], shown["second_pixels"])
+
+
+def test_both_images_of_a_statement_are_trained_on_under_its_text(folder, monkeypatch):
+    seen, original = set(), TrainExample.pixels
+
+    def pixels(make, record, media, caption, rng):
+        seen.add((bytes(media), caption))
+        return original(make, record, media, caption, rng)
+
+    monkeypatch.setattr(TrainExample, "pixels", pixels)
+    expected = texts(folder, "toy_world/statements", "train")
+    next(batches(data_of(folder, "toy_world/statements", batch_size=len(expected))))
+    for record, number in expected:
+        for media in ("media", "second_media"):
+            assert (bytes(record[media]), record["captions"][number]) in seen
+
+
+def test_soft_scores_are_those_of_the_question():
+    answers = {"answer_counts": [1, 2], "answer_labels": [3, 0, 2], "answer_scores": [0.3, 1.0, 0.6]}
+    record = SimpleNamespace(extra={name: np.array(values) for name, values in answers.items()})
+    scores = [Example(record, number, 0).targets(4)["answer_scores"] for number in (0, 1)]  # type: ignore
+    np.testing.assert_allclose(scores, [[0, 0, 0, 0.3], [1, 0, 0.6, 0]], rtol=1e-6)
 
 
 def same_images(folder):

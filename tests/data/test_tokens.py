@@ -84,6 +84,7 @@ def test_length_without_room_for_both_ends_is_refused(tokenizer, length):
         ('"left"  (of)\tunbelievable!!', ['"', "left", '"', "(", "of", ")", "unbelievable", "!!"]),
         ("  café 星 🙂 ", ["café", "星", "🙂"]),
         ("...", ["..."]),
+        ("'s left", ["'s", "left"]),  # one token of two words
         ("   ", []),
         ("", []),
     ],

@@ -58,6 +58,7 @@ NORMALISED = [
     ("red ,white", "red white"),
     ("1,2 and three", "12 and 3"),
     # other punctuation: a space, or nothing beside one
+    ("x-y;-z", "x y z"),  # in the answer as it was given
     ("t-shirt", "t shirt"),
     ("black/white", "black white"),
     ("black / white", "black white"),

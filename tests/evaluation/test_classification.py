@@ -83,6 +83,18 @@ def test_the_score_of_answers_is_the_official_one():
     assert metrics["vqa/majority"] == pytest.approx(2 / 3) and metrics["vqa/in_vocabulary"] == 1
 
 
+def test_padding_makes_no_majority():
+    """The row that fills the last batch repeats the last question."""
+    metrics, _ = evaluate(Shown([0, 1, 2], answer_scores=np.eye(3, dtype=np.float32)))
+    assert metrics["vqa/majority"] == pytest.approx(1 / 3)
+
+
+def test_where_some_answers_of_people_are_missing_soft_targets_are_the_score():
+    scores = np.array([[0.9, 0, 0], [0.3, 0, 0]], np.float32)
+    metrics, _ = evaluate(Shown([0, 0], [["yes"] * 10, []], answer_scores=scores))
+    assert metrics["vqa/score"] == pytest.approx(0.6)
+
+
 def test_questions_that_the_vocabulary_cannot_answer_are_counted():
     scores = np.array([[1, 0, 0], [0, 0, 0]], np.float32)
     metrics, _ = evaluate(Shown([0, 1], answer_scores=scores))

@@ -18,6 +18,12 @@ def test_any_of_several_right_items_is_enough_and_counts_once():
     scores = np.array([[5.0, 4, 3, 2]])
     assert recall_at_k(scores, [[3, 1]], (1, 2)) == {1: 0.0, 2: 1.0}
     assert recall_at_k(scores, [[0, 1, 1]], (1,)) == {1: 1.0}
+    assert recall_at_k(np.zeros((1, 4)), [[1, 1]], (1,)) == {1: 0.25}  # named twice, it is one item
+
+
+def test_the_rank_is_the_median_not_the_mean():
+    scores = np.tile(np.arange(9.0, 0, -1), (3, 1))
+    assert median_rank(scores, [0, 1, 8]) == 2.0
 
 
 @pytest.mark.parametrize("right", [1, 5])

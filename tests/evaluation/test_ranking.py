@@ -52,6 +52,26 @@ def test_metrics_equal_brute_force(rerank, combine):
             assert result.metrics[f"retrieval/contrastive/{name}/recall@{k}"] == pytest.approx(expected)
 
 
+def test_what_is_not_scored_again_stays_in_its_order_behind_every_candidate():
+    """Also where similarities differ by less than the scores of the candidates."""
+    texts = np.eye(5, WIDTH, dtype=np.float32)
+    items = 1 + 0.01 * np.random.default_rng(0).random((5, WIDTH), np.float32)
+    odds = np.random.default_rng(1).normal(size=(5, 5))
+    options = {"score_pairs": lambda t, i: odds[t, i], "rerank": 2, "temperature": 1.0, "combine": "matching"}
+    top = rank(texts, items, np.arange(5), **options).text_to_item
+    for found, similarity, own in zip(top.ids, cosines(texts, items), odds, strict=True):
+        order = np.argsort(-similarity)
+        assert found.tolist() == [*order[:2][np.argsort(-own[order[:2]])], *order[2:]]
+
+
+def test_ranks_are_told_by_their_median():
+    texts = np.eye(5, dtype=np.float32)
+    items = texts.copy()
+    items[4] = [4, 3, 2, 1, 0]  # to the last text all items are alike
+    metrics = rank(texts, items, np.arange(5)).metrics
+    assert metrics["retrieval/text_to_image/median_rank"] == 1.0  # of 1, 1, 1, 1 and 3
+
+
 def test_equal_captions_find_one_anothers_items_when_asked():
     """Items 0 and 1 share a caption; its features are nearest to item 1."""
     items = np.eye(3, dtype=np.float32)
@@ -60,6 +80,15 @@ def test_equal_captions_find_one_anothers_items_when_asked():
     assert own["retrieval/text_to_image/recall@1"] == pytest.approx(2 / 3)
     alike = rank(texts, items, np.arange(3), captions=["a star", "a star", "a cross"]).metrics
     assert alike["retrieval/text_to_image/recall@1"] == alike["retrieval/image_to_text/recall@1"] == 1.0
+
+
+def test_all_captions_of_an_item_find_their_equals():
+    """The second caption of item 0 is that of item 1, whose feature is the nearest to both items."""
+    items = np.array([[1, 0.5, 0], [0, 1, 0]], np.float32)
+    texts = np.array([[0, 0, 1], [-1, 0, 0], [0.5, 1, 0]], np.float32)
+    captions = ["a ring", "a star", "a star"]
+    alike = rank(texts, items, np.array([0, 0, 1]), captions=captions).metrics
+    assert alike["retrieval/image_to_text/recall@1"] == 1.0
 
 
 def test_a_matching_head_that_does_not_clearly_help_gets_no_weight():
@@ -77,10 +106,21 @@ def test_the_best_weight_of_the_matching_head_is_taken():
         both = rank(texts, items, text_items, weights=(0.0, 1.0), **options).metrics
         assert both["retrieval/matching_weight"] == expected
         assert both == rank(texts, items, text_items, weights=(expected,), **options).metrics
+        answers = rank(texts, items, text_items, weights=(0.0, 1.0), **options).text_to_item.ids
+        one = rank(texts, items, text_items, weights=(expected,), **options).text_to_item.ids
+        np.testing.assert_array_equal(answers, one)
         alone = rank(texts, items, text_items, **options).metrics
         assert both["retrieval/mean_recall"] >= max(
             alone["retrieval/mean_recall"], both["retrieval/contrastive/mean_recall"]
         )
+
+
+def test_the_standard_error_is_that_of_all_queries(monkeypatch):
+    texts, items, text_items, odds = gallery()
+    told = {}
+    monkeypatch.setattr("scl_jax.evaluation.ranking.clearly_best", lambda _, **more: told.update(more) or 1.0)
+    rank(texts, items, text_items, score_pairs=lambda t, i: odds[t, i], rerank=3)
+    assert told == {"queries": len(texts) + ITEMS}
 
 
 def test_weights_are_of_the_sum_alone():

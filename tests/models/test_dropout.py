@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scl_jax.models.dropout import bernoulli, dropout, mix
+from scl_jax.models.layers import Precision, Residual
 
 
 def test_a_changed_bit_changes_every_bit_half_the_time():
@@ -52,3 +54,10 @@ def test_a_mask_does_not_depend_on_the_devices():
 def test_without_a_key_or_a_rate_nothing_is_dropped():
     x = jnp.arange(6.0)
     assert dropout(x, 0.5, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_a_residual_drops_of_the_update_alone():
+    residual, x = Residual(8, 1e-5, 0.5, Precision(), nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (4, 8))
+    same = residual(x, jnp.zeros_like(x), jax.random.key(0))
+    np.testing.assert_array_equal(same, residual(x, jnp.zeros_like(x), None))
+    assert (residual(x, x, jax.random.key(0)) != residual(x, x, None)).any()

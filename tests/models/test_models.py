@@ -345,12 +345,28 @@ def test_pairs_side_by_side_are_those_fused_row_by_row(remat, depth):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE), found, expected)
 
 
-def test_attention_maps_are_shares_of_the_image():
+def test_attention_maps_are_the_cross_attention_of_the_last_text_layer():
+    """Shares of the image (METHOD section 7), for an image of any token type."""
     ids, mask = text()
     image = random(B, 1 + PATCHES, D)
-    maps = jax.jit(lambda words: model().fusion.cross_attention_maps(words, mask, image))(encode_text(ids, mask))
-    assert maps.shape == (B, 2, L, 1 + PATCHES)
-    np.testing.assert_allclose(maps.sum(axis=-1), 1.0, atol=TOLERANCE)
+
+    def maps(words):
+        return model().fusion.cross_attention_maps(words, mask, image, image_type=0)
+
+    def expected(words):
+        fusion = model().fusion
+        graph, each = nnx.split(fusion.layers.each)
+        first, last = (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], each)) for i in range(DEPTH))
+        x, y = first(*fusion.add_types(words, image, 0), mask, None)
+        (query,) = last.text.cross_attention.query(last.text.attention(x, None, mask, None))
+        key, _ = last.text.cross_attention.key_value(y)
+        return jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) / (D / 2) ** 0.5)
+
+    found, by_hand = jax.jit(lambda words: (maps(words), expected(words)))(encode_text(ids, mask))
+    assert found.shape == (B, 2, L, 1 + PATCHES)
+    np.testing.assert_allclose(found.sum(axis=-1), 1.0, atol=TOLERANCE)
+    np.testing.assert_allclose(found, by_hand, atol=TOLERANCE)
+    assert np.abs(by_hand - by_hand.mean(axis=-1, keepdims=True)).max() > 0.01
 
 
 def everything(network: SCL, key=None):

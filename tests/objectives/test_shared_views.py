@@ -39,18 +39,21 @@ def compiled(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
 
-@lru_cache
-def network():
-    sizes = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
-    config = SCLConfig(
-        vision=VisionConfig(**sizes, patch_size=8, image_size=PIXELS, max_frames=FRAMES),
-        text=TextConfig(**sizes, vocab_size=VOCAB, max_positions=L + 2),
-        fusion=FusionConfig(**sizes | {"layers": 2}),  # the first of which makes pairs of the views
+def config_of(text_layers: int = 1, **dropout: float) -> SCLConfig:
+    sizes = {"width": 16, "heads": 2, "mlp_width": 32}
+    return SCLConfig(
+        vision=VisionConfig(**sizes, layers=1, patch_size=8, image_size=PIXELS, max_frames=FRAMES),
+        text=TextConfig(**sizes, layers=text_layers, vocab_size=VOCAB, max_positions=L + 2, **dropout),
+        fusion=FusionConfig(**sizes, layers=2, **dropout),  # the first of which makes pairs of the views
         projection_width=8,
         precision=Precision(jnp.float64, jnp.float64),
     )
-    graph, _ = parameters.abstract(lambda rngs: SCL(config, rngs))
-    return graph, compiled(lambda: parameters.split(SCL(config, nnx.Rngs(0)))[1])()
+
+
+@lru_cache
+def network():
+    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(), rngs))
+    return graph, compiled(lambda: parameters.split(SCL(config_of(), nnx.Rngs(0)))[1])()
 
 
 def make_batch() -> Batch:
@@ -119,3 +122,32 @@ def test_every_parameter_learns_from_the_seven_objectives():
     gradient, _ = computed(OBJECTIVES)
     still = [path for path, x in parameters.flatten(gradient).items() if not np.abs(x).max() > 0]
     assert still == []
+
+
+def test_every_dropout_has_a_key_of_its_own(monkeypatch):
+    """With the same key two would drop the same places. Residuals have one rate, weights of attention the other."""
+    drawn = []
+
+    def bernoulli(key, probability, shape):
+        jax.debug.callback(lambda key: drawn.append((probability, len(shape), *key.tolist())), jax.random.key_data(key))
+        return jnp.ones(shape, bool)
+
+    monkeypatch.setattr("scl_jax.models.dropout.bernoulli", bernoulli)
+    config = config_of(text_layers=2, dropout=0.25, attention_dropout=0.125)
+
+    @compiled
+    def run(key, params):  # nothing of the network is returned, so that little is compiled
+        model = parameters.merge(graph, params)
+        model.fusion.joins_pairs = False  # two passes of the fusion encoder
+        TASK.features(model, make_batch(), TASK.draw_masks(make_batch(), key), ("global_text",), key)
+
+    with jax.enable_x64(True):
+        graph, shapes = parameters.abstract(lambda rngs: SCL(config, rngs))
+        run(jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        jax.effects_barrier()
+    assert len(set(drawn)) == len(drawn)
+    residuals = [axes for probability, axes, *_ in drawn if probability == 0.75]
+    attentions = [axes for probability, axes, *_ in drawn if probability == 0.875]
+    assert residuals == [3] * (1 + 2 * 2 + 2 * 2 * 2 * 3)  # embedding; two or three sub-layers a layer and stream
+    assert len(attentions) >= 2 + 2 * 2 * 2 * 2 and set(attentions) == {4}
+    assert len(residuals) + len(attentions) == len(drawn)

@@ -232,6 +232,8 @@ def test_half_of_every_group_are_pairs_and_keep_their_own_image():
     np.testing.assert_array_equal(is_pair.reshape(4, 16).sum(axis=1), 8)
     np.testing.assert_array_equal(partner[is_pair], np.tile(np.arange(16), 4)[is_pair])
     assert (partner[~is_pair] != np.tile(np.arange(16), 4)[~is_pair]).all()
+    is_pair, _ = partners(np.arange(9), group_size=3)
+    np.testing.assert_array_equal(is_pair.reshape(3, 3).sum(axis=1), 2)  # of an odd number the larger half
 
 
 def test_partners_are_never_the_same_item_never_padding_always_inside_the_group():
@@ -317,6 +319,30 @@ def test_masks_depend_on_the_key_alone():
         np.testing.assert_array_equal(first, getattr(again, name), err_msg=name)
         if not name.endswith("_valid"):  # how many is not drawn
             assert (first != getattr(other, name)).any(), name
+
+
+def test_everything_random_has_a_key_of_its_own(monkeypatch):
+    """With one key for both, the patches that are kept would be those that are replaced."""
+    keys = []
+
+    def watched(draw):
+        def drawn(key, *arguments, **options):
+            jax.debug.callback(lambda key: keys.append(tuple(key.tolist())), jax.random.key_data(key))
+            return draw(key, *arguments, **options)
+
+        return drawn
+
+    for name in ("uniform", "gumbel", "randint"):
+        monkeypatch.setattr(jax.random, name, watched(getattr(jax.random, name)))
+    spec = dataclasses.replace(SPEC, hard_negatives=0.5)
+
+    @jax.jit
+    def draw_all(key):
+        draw_masks(all_lengths(), PATCHES, key, spec)
+
+    draw_all(jax.random.key(0))
+    jax.effects_barrier()
+    assert len(set(keys)) == len(keys) == 9
 
 
 def test_masks_of_one_objective_do_not_move_with_the_settings_of_another():

@@ -15,7 +15,10 @@ from scl_jax.config import ConfigError, active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.data import builders
 from scl_jax.models import parameters
+from scl_jax.objectives.masks import MaskSpec
 from scl_jax.objectives.views import OBJECTIVES
+from scl_jax.tasks.pretrain import Ramp
+from scl_jax.training.optimizer import OptimizerConfig
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step
 from scl_jax.types import Batch
@@ -136,6 +139,53 @@ def test_the_papers_network_has_its_size():
     assert parameter_count("pretrain_joint") == parameter_count("pretrain_image")
     smaller_grid = (18**2 - 14**2) * 768  # rows of the position table
     assert parameter_count("pretrain_image") - parameter_count("pretrain_video") == smaller_grid
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings_are_those_of_the_method(name):
+    """METHOD sections 3 to 6."""
+    config = finalized(name)
+    task, optimizer = build.pretraining(config, ROBERTA_VOCAB, ROBERTA_VOCAB - 1), build.optimizer_config(config)
+    weights = dict.fromkeys(OBJECTIVES, 1.0) | {"contrastive": 0.5, "local_vision": 0.2, "local_text": 0.2}
+    assert task.ramps == {objective: Ramp(weight) for objective, weight in weights.items()}
+    assert task.global_temperature == {"global_vision": 0.03, "global_text": 0.03}
+    assert task.local_temperature == {"local_vision": 0.03, "local_text": 0.03}
+    m = task.masks
+    assert (m.drop_ratio, m.replace_ratio, m.language_ratio, m.text_ratio) == (0.8, 0.3, 0.15, 0.4)
+    assert m.hard_negatives == 0 and not task.norm_over_frames
+    assert optimizer == OptimizerConfig(2e-5, 0.0, 0.1, "linear", 0.9, 0.98, 1e-8, 0.01, 0.0, 5.0, 5.0)
+    model, data = build.model_config(config), config.data
+    assert model.initial_temperature == 0.07 and model.precision.initializer_range == 0.02
+    for part in (model.text, model.fusion):
+        assert part.dropout == part.attention_dropout == 0.1
+    assert data.text_length == 50
+    for stream in active_streams(config):
+        s = data[stream]
+        assert (tuple(s.crop_scale), s.flip, tuple(s.rand_augment)) == ((0.8, 1.0), "unless_sided", (0, 0))
+        if name != "pretrain_large":
+            assert (s.frames, s.image_size) == {"images": (1, 288), "videos": (4, 224)}[stream]
+
+
+def test_every_option_reaches_its_place():
+    """No two have the same value here."""
+    config = finalized("quickstart")
+    o, m = config.objectives, config.model
+    for number, name in enumerate(OBJECTIVES):
+        o[name].update(weight=0.1 + number / 100, start=number, ramp=10 + number)
+    for number, name in enumerate(("global_vision", "global_text", "local_vision", "local_text")):
+        o[name].temperature = round(0.2 + number / 100, 2)
+    o.global_vision.drop_ratio, o.local_vision.replace_ratio, o.masked_language.mask_ratio = 0.31, 0.32, 0.33
+    o.text_mask_ratio, o.matching.hard_negatives, o.group_size = 0.34, 0.35, 4
+    o.contrastive.update(temperature_min=0.36, temperature_max=0.37)
+    m.update(dropout=0.38, attention_dropout=0.39, initial_temperature=0.361)
+    task, model = build.pretraining(config, 90, 4), build.model_config(config)
+    assert task.ramps == {name: Ramp(0.1 + i / 100, i, 10 + i) for i, name in enumerate(OBJECTIVES)}
+    assert task.global_temperature == {"global_vision": 0.2, "global_text": 0.21}
+    assert task.local_temperature == {"local_vision": 0.22, "local_text": 0.23}
+    assert task.masks == MaskSpec(90, 4, 5, 0.31, 0.32, 0.33, 0.34, 4, 0.35)
+    assert task.temperature_range == (0.36, 0.37) and model.initial_temperature == 0.361
+    for part in (model.text, model.fusion):
+        assert (part.dropout, part.attention_dropout) == (0.38, 0.39)
 
 
 def test_a_larger_network_is_a_matter_of_configuration():

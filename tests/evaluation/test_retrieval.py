@@ -96,3 +96,30 @@ def test_a_pair_scores_what_its_head_says():
     joint = jnp.asarray([[1.0, 4.0], [3.0, 2.0]])
     np.testing.assert_array_equal(pair_scores(heads, "matching", joint), [6.0, -2.0])  # type: ignore
     np.testing.assert_array_equal(pair_scores(heads, "rank", joint), [4.0, 2.0])  # type: ignore
+
+
+def evaluation_of(sets, head="matching", **options) -> RetrievalEvaluation:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return RetrievalEvaluation(None, mesh, sets, head=head, batch_size=4, rerank=7, **options)  # type: ignore
+
+
+@pytest.mark.parametrize(("head", "combine"), [("matching", "sum"), ("rank", "matching")])
+def test_similarity_counts_beside_the_matching_head_alone(monkeypatch, head, combine):
+    told = {}
+    monkeypatch.setattr("scl_jax.evaluation.retrieval.rank", lambda *_, **options: told.update(options))
+    monkeypatch.setattr(RetrievalEvaluation, "_gallery", lambda *_: (None, None))
+    monkeypatch.setattr(RetrievalEvaluation, "_pair_scorer", lambda *_: None)
+    evaluation = evaluation_of({"images": Examples()}, head, weights=(0.5, 2.0))
+    evaluation.retrieval({"contrastive": {"temperature": 0.25}}, "images", Examples())  # type: ignore
+    assert told["combine"] == combine and told["temperature"] == 0.25
+    assert told["rerank"] == 7 and told["weights"] == (0.5, 2.0) and told["item"] == "image"
+
+
+def test_a_weight_that_is_chosen_on_held_out_sets_is_taken_by_stream():
+    chosen = {"images": {"retrieval/matching_weight": 0.25}, "videos": {"retrieval/video/matching_weight": 0.5}}
+    held_out = SimpleNamespace(
+        sets=dict.fromkeys(chosen), retrieval=lambda params, stream, _: SimpleNamespace(metrics=chosen[stream])
+    )
+    evaluation = evaluation_of(dict.fromkeys(chosen), weights=(0.0, 1.0))
+    evaluation.fix_weights({}, held_out)  # type: ignore
+    assert evaluation._weights == {"images": (0.25,), "videos": (0.5,)}

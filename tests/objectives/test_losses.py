@@ -54,6 +54,9 @@ def test_info_nce_is_the_sum_of_both_directions():
     loss = info_nce(f32(x), f32(y), 0.07, ones(6))
     assert float(loss.weight) == 6
     np.testing.assert_allclose(loss.mean(), np.mean(info_nce64(x, y, 0.07)), rtol=RTOL)
+    weight = np.arange(1, 7) / 2
+    weighed = info_nce(f32(x), f32(y), 0.07, f32(weight))
+    np.testing.assert_allclose(weighed.mean(), np.average(info_nce64(x, y, 0.07), weights=weight), rtol=RTOL)
 
 
 @pytest.mark.parametrize("shape", [(12,), (2, 12)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,26 @@ def test_hard_texts_are_the_most_similar_ones():
     assert hits > 0.75 * 20 * 7
     even, _ = chosen(dataclasses.replace(TASK, hard_negatives=0), make_batch(), 0, (text, image))
     assert (even[:7, 1] == np.arange(1, 8)).mean() < 0.75
+
+
+def test_texts_that_do_not_count_are_not_compared(monkeypatch):
+    """Of three others most rows have two here."""
+    batch = make_batch(items=np.where(np.arange(ROWS) % GROUP < 6, 100, np.arange(ROWS)))
+    vectors, scores = (jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, 4)), jnp.float32) for _ in range(2))
+    network = SimpleNamespace(
+        encode_image=lambda pixels: pixels,
+        encode_text=lambda ids, mask, key: ids,
+        project_image=lambda image, frames: vectors,
+        project_text=lambda text: vectors,
+        contrastive=SimpleNamespace(temperature=jnp.asarray(0.07)),
+    )
+    monkeypatch.setattr("scl_jax.tasks.retrieval.rank_scores", lambda *_: scores)
+    masks = TASK.draw_masks(batch, jax.random.key(0))
+    _, valid = TASK.choose(masks, vectors, vectors, jnp.asarray(0.07))  # type: ignore
+    loss = TASK.features(network, batch, masks, ("rank",), None).losses["rank"]  # type: ignore
+    rows = zip(np.asarray(scores, float), np.asarray(valid), strict=True)
+    expected = np.mean([np.log(np.exp(row[counts]).sum()) - row[0] for row, counts in rows])
+    assert not valid.all() and float(loss.mean()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -90,19 +90,26 @@ def test_texts_that_do_not_count_are_not_compared(monkeypatch):
     """Of three others most rows have two here."""
     batch = make_batch(items=np.where(np.arange(ROWS) % GROUP < 6, 100, np.arange(ROWS)))
     vectors, scores = (jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, 4)), jnp.float32) for _ in range(2))
+    keys: list = []
     network = SimpleNamespace(
         encode_image=lambda pixels: pixels,
-        encode_text=lambda ids, mask, key: ids,
+        encode_text=lambda ids, mask, key: keys.append(key) or ids,
         project_image=lambda image, frames: vectors,
         project_text=lambda text: vectors,
         contrastive=SimpleNamespace(temperature=jnp.asarray(0.07)),
     )
-    monkeypatch.setattr("scl_jax.tasks.retrieval.rank_scores", lambda *_: scores)
-    masks = TASK.draw_masks(batch, jax.random.key(0))
-    _, valid = TASK.choose(masks, vectors, vectors, jnp.asarray(0.07))  # type: ignore
-    loss = TASK.features(network, batch, masks, ("rank",), None).losses["rank"]  # type: ignore
+    monkeypatch.setattr("scl_jax.tasks.retrieval.rank_scores", lambda *given: keys.append(given[-1]) or scores)
+
+    @jax.jit
+    def run():
+        masks = TASK.draw_masks(batch, jax.random.key(0))
+        _, valid = TASK.choose(masks, vectors, vectors, jnp.asarray(0.07))  # type: ignore
+        return TASK.features(network, batch, masks, ("rank",), jax.random.key(1)).losses["rank"], valid  # type: ignore
+
+    loss, valid = run()
     rows = zip(np.asarray(scores, float), np.asarray(valid), strict=True)
     expected = np.mean([np.log(np.exp(row[counts]).sum()) - row[0] for row, counts in rows])
+    assert keys[0] is not keys[1]  # of dropout in the text encoder and in the fusion encoder
     assert not valid.all() and float(loss.mean()) == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from scl_jax.objectives.masks import MaskSpec
 from scl_jax.objectives.views import OBJECTIVES
 from scl_jax.tasks.pretrain import Ramp
 from scl_jax.training.optimizer import OptimizerConfig
+from scl_jax.training.sharding import make_mesh
 from scl_jax.training.state import TrainState
 from scl_jax.training.step import make_step
 from scl_jax.types import Batch
@@ -186,6 +188,19 @@ def test_every_option_reaches_its_place():
     assert task.temperature_range == (0.36, 0.37) and model.initial_temperature == 0.361
     for part in (model.text, model.fusion):
         assert (part.dropout, part.attention_dropout) == (0.38, 0.39)
+
+
+def test_the_step_takes_its_options_from_the_config(monkeypatch):
+    told = []
+    monkeypatch.setattr(build, "make_step", lambda *_, **options: told.append(options) or (lambda *x: x))
+    monkeypatch.setattr(build, "state_shardings", lambda *_: None)
+    config = finalized("quickstart")
+    config.seed, config.train.accumulate, config.optimizer.ema = 7, 2, 0.9
+    for rates in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1)):
+        config.model.dropout, config.model.attention_dropout = rates
+        build.train_step(config, None, None, None, SimpleNamespace(params=None, ema=None), make_mesh())  # type: ignore
+    for options, dropout in zip(told, (False, True, True), strict=True):
+        assert options == {"seed": 7, "accumulate": 2, "dropout": dropout, "ema": 0.9}
 
 
 def test_a_larger_network_is_a_matter_of_configuration():

@@ -86,6 +86,12 @@ def test_hard_texts_are_the_most_similar_ones():
     assert (even[:7, 1] == np.arange(1, 8)).mean() < 0.75
 
 
+def test_the_contrastive_loss_counts_by_its_weight():
+    assert TASK.active(0) == ("rank", "contrastive") and TASK.weights(0) == {"rank": 1.0, "contrastive": 0.5}
+    alone = dataclasses.replace(TASK, contrastive_weight=0.0)
+    assert alone.active(0) == ("rank",) and alone.weights(0) == {"rank": 1.0, "contrastive": 0.0}
+
+
 def test_texts_that_do_not_count_are_not_compared(monkeypatch):
     """Of three others most rows have two here."""
     batch = make_batch(items=np.where(np.arange(ROWS) % GROUP < 6, 100, np.arange(ROWS)))

@@ -141,6 +141,16 @@ def test_a_word_longer_than_the_quota_of_a_short_text_is_masked_whole():
     assert int(valid.sum()) == 4, "half a word is easily guessed from the other half"
 
 
+def test_a_word_that_has_no_room_is_taken_only_where_there_is_no_other():
+    """Four tokens of so short a text can be masked."""
+    words = jnp.tile(jnp.asarray([[-1, 0, 0, 0, 0, 0, 0, 1, 1, 2, -1, -1]]), (20, 1))
+    slots, valid = map(np.asarray, draw_words(jax.random.key(0), words, 0.15))
+    assert all(set(chosen_positions(slots, valid, row)) in ({7, 8}, {9}) for row in range(20))
+    alone = jnp.asarray([[-1, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]])
+    slots, valid = map(np.asarray, draw_words(jax.random.key(0), alone, 0.15))
+    assert len(set(chosen_positions(slots, valid, 0))) == 4
+
+
 @pytest.mark.parametrize("word_length", [1, 2])
 def test_fifteen_per_cent_of_the_tokens_are_chosen_on_average(word_length):
     batch = make_batch(np.tile(np.arange(22, 51), 40), word_length=word_length)
@@ -286,15 +296,20 @@ def test_hard_partners_follow_the_similarity_and_stay_allowed():
     batch = batch.replace(weight=batch.weight.reshape(groups, size).at[:, 3].set(0.0).reshape(-1))  # 3 is padding
     spec = dataclasses.replace(SPEC, group_size=size, hard_negatives=0.5)
     masks = draw(batch, 4, jax.random.key(0), spec)
-    angles = np.array([0.0, 1.0, 2.0, 0.5])
-    vectors = jnp.asarray(np.tile(np.stack([np.cos(angles), np.sin(angles)], axis=1), (groups, 1)), jnp.float32)
-    hardened = jax.jit(harden_partners)(masks, vectors, 3.0 * vectors, jnp.asarray(0.5))
+    angles, of_images = np.array([0.0, 3.0, 0.2, 1.5]), np.array([2.5, 1.0, 2.0, 0.5])
+    texts, images = (
+        jnp.asarray(np.tile(np.stack([np.cos(x), np.sin(x)], axis=1), (groups, 1)), jnp.float32)
+        for x in (angles, of_images)
+    )
+    hardened = jax.jit(harden_partners)(masks, texts, 3.0 * images, jnp.asarray(0.5))
+    pairs = np.asarray(masks.is_pair)
+    np.testing.assert_array_equal(np.asarray(hardened.partner)[pairs], (np.arange(groups * size) % size)[pairs])
     others = ~np.asarray(masks.is_pair) & (np.arange(groups * size) % size == 0)
     np.testing.assert_array_equal(masks.is_pair, hardened.is_pair)
     hard, soft = np.asarray(masks.hard)[others], np.asarray(hardened.partner)[others]
     assert hard.mean() == pytest.approx(0.5, abs=0.05)
     np.testing.assert_array_equal(soft[~hard], np.asarray(masks.partner)[others][~hard])
-    odds = np.exp(np.cos(angles[1:3]) / 0.5)
+    odds = np.exp(np.cos(of_images[1:3]) / 0.5)  # the text of row 0 lies at the angle 0
     np.testing.assert_allclose(
         np.bincount(soft[hard], minlength=4) / hard.sum(), [0, *(odds / odds.sum()), 0], atol=0.05
     )

@@ -55,6 +55,10 @@ def test_the_rank_head_starts_from_row_1_of_the_matching_head() -> None:
     np.testing.assert_array_equal(fitted["rank.kernel"], kernel[:, 1:])
     np.testing.assert_array_equal(fitted["rank.bias"], bias[1:])
     assert any("row 1 of the matching head" in step for step in steps)
+    own = {"rank.kernel": np.ones((4, 1), np.float32), "rank.bias": np.ones(1, np.float32)}
+    both = {"matching.dense.kernel": kernel, "matching.dense.bias": bias} | own
+    fitted, _ = adapt.fit(both, {path: x.shape for path, x in both.items()})
+    np.testing.assert_array_equal(fitted["rank.kernel"], own["rank.kernel"])  # a trained one stays
 
 
 def test_what_no_step_can_fit_is_named_with_both_shapes() -> None:

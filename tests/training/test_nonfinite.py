@@ -112,6 +112,13 @@ def test_after_a_skipped_step_the_update_is_that_of_a_run_without_it():
     jax.tree.map(np.testing.assert_array_equal, skipped[3].params, without[2].params)
 
 
+def test_the_temperature_is_kept_in_its_range_and_so_is_its_average():
+    """It starts at 1, the upper bound, and every gradient would raise it."""
+    states, metrics = run([-2.0] * 3)
+    assert [float(state.params["contrastive"]["temperature"]) for state in states] == [1.0] * 4
+    assert float(states[-1].ema["contrastive"]["temperature"]) == 1.0 and float(metrics[-1]["learning_rate"]) > 0
+
+
 def test_the_learning_rate_that_is_logged_is_the_one_of_the_update():
     _, metrics = run([0.5, math.nan, 0.5, 0.5])
     expected = make_schedule(LINEAR, STEPS)

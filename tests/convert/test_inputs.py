@@ -88,6 +88,22 @@ def test_a_run_trained_with_a_kernel_of_another_platform_is_loaded(tiny_run: Pat
     assert scl_jax.load(str(run), batch_sizes=(1,)).encode_texts("a red star").shape == (1, 16)
 
 
+def test_what_weights_do_not_show_goes_there_and_back(tiny_run: Path, tmp_path: Path) -> None:
+    """The heads of either encoder, dropout, the temperature at the start."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"] |= {"dropout": 0.3, "initial_temperature": 0.2}
+    for part, heads in (("vision", 4), ("text", 8), ("fusion", 8)):
+        config["model"][part]["heads"] = heads
+    (run / "config.json").write_text(json.dumps(config))
+    to_torch(run, tmp_path / "exported", say=quiet)
+    to_flax(tmp_path / "exported", tmp_path / "converted", say=quiet)
+    model = json.loads((tmp_path / "converted" / "config.json").read_text())["model"]
+    assert [model[part]["heads"] for part in ("vision", "text", "fusion")] == [4, 8, 8]
+    assert (model["dropout"], model["initial_temperature"]) == (0.3, 0.2)
+
+
 def test_without_a_note_the_tables_say_what_fits(folders: dict[str, Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folders["exported"], bare)

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from scl_jax.models.scl import SCL, SCLConfig
 from scl_jax.models.text import TextConfig
 from scl_jax.models.vision import VisionConfig
 from scl_jax.training.optimizer import OptimizerConfig, make_optimizer
-from scl_jax.training.sharding import PLAN, make_mesh, shard_optimizer, shard_params, spec_of
+from scl_jax.training.sharding import PLAN, make_mesh, process_rows, shard_optimizer, shard_params, spec_of
 from scl_jax.training.state import init_state
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -134,6 +135,15 @@ def test_a_fresh_state_has_the_same_numbers_on_every_mesh():
         np.testing.assert_allclose(a, b, rtol=5e-7, atol=0)
     for a, b in zip(jax.tree.leaves(first.ema), jax.tree.leaves(first.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_process_makes_the_rows_that_its_devices_hold(monkeypatch):
+    """All of them where it is alone; else those of its devices, which need not be neighbours, each once, in order."""
+    assert process_rows(make_mesh(4, 1, 2), 16) == list(range(16))
+    places = {"a": (slice(12, 16),), "b": (slice(4, 8),), "c": (slice(12, 16),)}
+    layout = SimpleNamespace(addressable_devices_indices_map=lambda shape: places)
+    monkeypatch.setattr("scl_jax.training.sharding.batch_sharding", lambda mesh: layout)
+    assert process_rows(make_mesh(), 16) == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(("sizes", "shape"), [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((2, 4, 1), (2, 4, 1))])

@@ -22,6 +22,7 @@ from scl_jax.models import parameters
 from scl_jax.tasks.task import Outputs, WholeBatch
 from scl_jax.training.optimizer import (
     OptimizerConfig,
+    clip_by_global_norm,
     decays,
     make_optimizer,
     make_schedule,
@@ -124,6 +125,8 @@ def test_the_schedule_is_the_recorded_one(ours, theirs):
 def test_warmup_in_steps_and_a_constant_rate():
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, warmup=4, decay="constant"), steps=100)
     np.testing.assert_allclose([schedule(step) for step in (0, 1, 4, 99)], [0.0, 0.5, 2.0, 2.0])
+    whole = make_schedule(OptimizerConfig(learning_rate=2.0, warmup=1.0), steps=100)  # a share: all steps
+    np.testing.assert_allclose([whole(step) for step in (1, 50)], [0.02, 1.0], rtol=1e-6)
     without = make_schedule(OptimizerConfig(learning_rate=2.0, warmup=0), steps=10)
     np.testing.assert_allclose([without(step) for step in (0, 5, 10)], [2.0, 1.0, 0.0])
 
@@ -279,6 +282,14 @@ def test_gradients_are_clipped_by_their_common_norm():
 
     np.testing.assert_allclose(result(1.0, (30.0, 40.0)), result(1.0, (0.6, 0.8)), rtol=1e-5)
     assert np.abs(np.subtract(result(0.0, (30.0, 40.0)), result(0.0, (0.6, 0.8)))).max() > 1e-3
+
+
+def test_clipped_gradients_have_the_norm_that_is_asked_for():
+    clip, gradient = clip_by_global_norm(2.0), {"a": jnp.asarray([3.0]), "b": jnp.asarray([[4.0]])}
+    clipped, _ = clip.update(gradient, clip.init(gradient))
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0, 0]], [1.2, 1.6], rtol=1e-6)
+    half = jax.tree.map(lambda x: 0.25 * x, gradient)
+    jax.tree.map(np.testing.assert_array_equal, clip.update(half, clip.init(half))[0], half)
 
 
 class OneNumber(nnx.Module):

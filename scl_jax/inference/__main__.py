@@ -144,7 +144,7 @@ def _attention(model: Any, media: str, text: str, out: str | None) -> dict[str, 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; errors of input end it with one message and status 1."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)  # files may stand behind --text, too
     try:
         with warnings.catch_warnings(record=True) as notes:
             answer = run(options)

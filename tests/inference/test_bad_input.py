@@ -170,6 +170,8 @@ def test_the_command_answers_in_json(tiny_run, tiny_model, tmp_path, capsys, mon
     main([str(tiny_run), "rank", str(picture), "--text", "a red star", "--text", "a blue ring", "-k", "1"])
     (best,) = json.loads(capsys.readouterr().out)
     assert best["item"] in ("a red star", "a blue ring")
+    main([str(tiny_run), "rank", "--text", "a red star", str(picture), str(picture), "-k", "2"])  # files at the end
+    assert [one["item"] for one in json.loads(capsys.readouterr().out)] == [str(picture)] * 2
     main([str(tiny_run), "encode", str(picture), "--text", "a red star"])
     assert len(json.loads(capsys.readouterr().out)["images"][str(picture)]) == 16
     main([str(tiny_run), "attention", str(picture), "--text", "a red star", "--out", str(tmp_path / "map.png")])

@@ -9,6 +9,7 @@ checkpoint that has the head. Open to this machine only, unless --host says othe
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--toy_scenes", type=int, default=0, help="search in that many held-out scenes of the toy world")
     p.add_argument("--index", type=Path, help="keeps the index (toy scenes beside it), or holds it already")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network: there is no password")
-    p.add_argument("--port", type=int, default=7860)
+    p.add_argument("--port", type=int, default=7860, help="from 1 to 65535")
     p.add_argument("--max_upload", type=float, default=20, help="MiB of an uploaded picture")
     return p
 
@@ -72,7 +73,14 @@ def _draw_scenes(folder: Path, count: int) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; errors of input end it with one message and status 1."""
-    options = parser().parse_args(arguments)
+    form = parser()
+    options = form.parse_args(arguments)
+    if not 1 <= options.port <= 65535:
+        form.error(f"--port={options.port}: from 1 to 65535")
+    if not 0 < options.max_upload < math.inf:
+        form.error(f"--max_upload={options.max_upload:g}: a number above 0")
+    if options.toy_scenes < 0:
+        form.error(f"--toy_scenes={options.toy_scenes}: a number from 1 on, or none")
     with tempfile.TemporaryDirectory(prefix="scl_jax_demo_") as place:
         import os
 

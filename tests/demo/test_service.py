@@ -151,3 +151,10 @@ def test_the_command_ends_unknown_checkpoints_and_folders_with_one_line(tiny_run
         main([f"--checkpoint={tmp_path / 'nothing'}"])
     with pytest.raises(SystemExit, match="error: .*no image or video"):
         main([f"--checkpoint={tiny_run}", f"--folder={tmp_path}"])
+
+
+@pytest.mark.parametrize("wrong", ["--port=0", "--port=65536", "--max_upload=0", "--max_upload=nan", "--toy_scenes=-1"])
+def test_numbers_out_of_range_are_named_before_anything_is_loaded(wrong, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint=nothing", wrong])
+    assert f"error: {wrong}: " in capsys.readouterr().err

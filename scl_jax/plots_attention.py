@@ -17,6 +17,8 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image
 
 from scl_jax.inference.texts import AttentionMap
@@ -28,6 +30,8 @@ _FUNCTION_WORDS = frozenset(["a", "an", "the", "of", "to", "is", "are", "and", "
 _FORMATS = (".png", ".pdf", ".svg")
 _PIXELS = 224  # a side of an overlay
 _LARGEST_GRID = 24  # maps of one sheet
+_CELL = 1.55  # inches of a map of an image
+_LABEL = 2.4  # inches of a word beside a strip, at most
 
 
 def overlay(
@@ -101,7 +105,7 @@ def _image_sheet(attention: AttentionMap, maps: list[tuple[str, np.ndarray]], co
     cells = len(maps) + 1
     columns = min(columns, cells)
     rows = math.ceil(cells / columns)
-    figure, axes = _grid(attention.text, rows, columns, 1.55)
+    figure, axes = _grid(attention.text, rows, columns, _CELL)
     picture = attention.frames[0]
     _show(axes[0], np.asarray(Image.fromarray(picture).resize((_PIXELS, _PIXELS), Image.Resampling.BICUBIC)))
     axes[0].set_title("image", color=GREY, fontweight="normal", loc="center")
@@ -116,17 +120,19 @@ def _image_sheet(attention: AttentionMap, maps: list[tuple[str, np.ndarray]], co
 def _strips(attention: AttentionMap, maps: list[tuple[str, np.ndarray]]) -> Figure:
     """A row a word and a column a frame; the frames of a row share its scale."""
     frames = attention.frames
-    figure, axes = _grid(attention.text, len(maps) + 1, len(frames), 1.2, left=1.05, between=0.08)
+    labels = [_fitting(word, _LABEL) for word, _ in maps]
+    left = max(1.05, 0.25 + max(map(_width, labels)))
+    figure, axes = _grid(attention.text, len(maps) + 1, len(frames), 1.2, left, between=0.08)
     grid = axes.reshape(len(maps) + 1, len(frames))
     for number, picture in enumerate(frames):
         _show(grid[0, number], np.asarray(Image.fromarray(picture).resize((_PIXELS, _PIXELS))))
         grid[0, number].set_title(f"frame {number + 1}", color=GREY, fontweight="normal", loc="center")
-    for row, (word, values) in zip(grid[1:], maps, strict=True):
+    for row, label, (word, values) in zip(grid[1:], labels, maps, strict=True):
         for place, picture, one in zip(row, frames, values, strict=True):
             _show(place, overlay(picture, one, float(values.max())))
         weight = "normal" if word == ALL else "bold"
         row[0].text(
-            -0.08, 0.5, word, transform=row[0].transAxes, ha="right", va="center", fontsize=9, fontweight=weight
+            -0.08, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=9, fontweight=weight
         )
     return figure
 
@@ -136,7 +142,7 @@ def _grid(
 ) -> tuple[Figure, np.ndarray]:
     """Axes of `rows` × `columns` squares of `cell` inches, rows `between` inches apart; a heading, and a colour bar."""
     heading, foot = 0.48, 0.42
-    width = max(left + columns * (cell + 0.08) + 0.12, 4.2)
+    width = max(left + columns * (cell + 0.08) + 0.12, left + 1.6 + 2.4)  # the latter: the bar and its note
     lines = textwrap.wrap(text, max(30, int(width * 11)))[:3]
     heading += 0.19 * len(lines)
     height = heading + rows * (cell + between) + foot
@@ -176,4 +182,19 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
 
 
 def _caption(axes: Axes, word: str) -> None:
-    axes.set_title(textwrap.shorten(word, 24), loc="center", fontweight="normal" if word == ALL else "bold", color=INK)
+    weight = "normal" if word == ALL else "bold"
+    axes.set_title(_fitting(word, _CELL), loc="center", fontweight=weight, color=INK)
+
+
+def _width(word: str) -> float:
+    """Inches of a bold word in the size of titles and labels."""
+    return float(TextPath((0, 0), word, size=9, prop=FontProperties(weight="bold")).get_extents().width) / 72
+
+
+def _fitting(word: str, inches: float) -> str:
+    """The word, cut short where it is wider than this."""
+    shown = word
+    while _width(shown) > inches and word:
+        word = word[:-1]
+        shown = f"{word}…"
+    return shown

@@ -59,6 +59,15 @@ def test_a_clip_has_a_row_a_word(tmp_path):
     assert strip.height > 1.5 * one.height and strip.width == one.width
 
 
+@pytest.mark.parametrize("word, frames", [("skateboarding", 2), ("pneumonoultramicroscopicsilicovolcanoconiosis", 4)])
+def test_long_words_and_the_note_below_stay_within_the_sheet(word, frames, tmp_path):
+    attention = attention_of(frames)
+    attention.offsets[7] = (18, 18 + len(word))
+    attention = dataclasses.replace(attention, text=f"a red star, and a {word}")
+    sheet = np.asarray(Image.open(attention_sheet(attention, tmp_path / "map.png", words=[word])).convert("L"))
+    assert sheet[:, :3].min() == 255 and sheet[:, -3:].min() == 255
+
+
 def test_dollar_signs_are_no_formula(tmp_path):
     text = r"is $\frac$, an a"
     attention = dataclasses.replace(attention_of(1), text=text, offsets=attention_of(1).offsets.clip(max=len(text)))

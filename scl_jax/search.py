@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpy.lib.format import open_memmap
 
 from scl_jax.convert.checkpoints import beside
 from scl_jax.inference.answers import print_json
@@ -146,7 +147,7 @@ def _encoded(
 def _rows_to_npy(rows: Path, target: Path, shape: tuple[int, int]) -> None:
     """Raw float32 rows become a .npy file, a chunk at a time."""
     source = np.memmap(rows, "<f4", "r", shape=shape)
-    mapped = np.lib.format.open_memmap(target, "w+", np.dtype("<f4"), shape)
+    mapped = open_memmap(target, "w+", np.dtype("<f4"), shape)
     for start in range(0, shape[0], CHUNK):
         mapped[start : start + CHUNK] = source[start : start + CHUNK]
     mapped.flush()
@@ -158,7 +159,7 @@ class Index:
     """An index on the disk, ready for queries.
 
     Raises:
-        FileNotFoundError: there is no index; ValueError: its parts do not fit each other.
+        FileNotFoundError: there is no index; ValueError: a part is damaged, or they do not fit each other.
     """
 
     def __init__(self, folder: Path | str):
@@ -167,17 +168,25 @@ class Index:
             self.manifest = json.loads((self.folder / "manifest.json").read_text())
             lines = (self.folder / "items.txt").read_text().rstrip("\n").split("\n")
             self.items = [json.loads(line) for line in lines]
-            self.features = np.load(self.folder / "features.npy", mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
+            self.features = open_memmap(self.folder / "features.npy", mode="r")  # which reads no pickles
+            shape = (len(self.items), self.manifest["width"])
+            if {"folder", "checkpoint", "fingerprint"} - set(self.manifest):
+                raise ValueError("its manifest lacks a name")
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
                 f"{self.folder}: no index ({error}); make one with `scl_jax.search build`"
             ) from error
-        if self.features.shape != (len(self.items), self.manifest["width"]):
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.folder}: a damaged index, or none ({error}); build it again") from error
+        if self.features.shape != shape:
             raise ValueError(
                 f"{self.folder}: {self.features.shape} features for {len(self.items)} items; build it again"
             )
         faiss, file = _faiss(), self.folder / "faiss.index"
-        self._faiss = faiss.read_index(str(file)) if faiss is not None and file.exists() else None
+        try:
+            self._faiss = faiss.read_index(str(file)) if faiss is not None and file.exists() else None
+        except RuntimeError as error:
+            raise ValueError(f"{file} cannot be read ({error}); build the index again") from error
 
     def check(self, model: Model) -> None:
         """Raises ValueError for a model whose features cannot be compared with those of the index."""

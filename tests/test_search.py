@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,25 @@ def test_bad_input_is_said(index, tiny_model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_model, "fingerprint", "another")
     with pytest.raises(ValueError, match="built with another checkpoint"):
         index.check(tiny_model)
+
+
+@pytest.mark.parametrize(
+    "part, content",
+    [
+        ("manifest.json", b"{"),
+        ("manifest.json", b"[]"),
+        ("manifest.json", b'{"width": 16}'),
+        ("items.txt", b"\xff"),
+        ("features.npy", b"features"),
+        ("faiss.index", b"a hundred items"),
+    ],
+)
+def test_a_damaged_index_is_said_by_its_name(index, tmp_path, part, content):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(index.folder, damaged)
+    (damaged / part).write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged.* build (it|the index) again"):
+        Index(damaged)
 
 
 def test_the_command_builds_and_queries(tiny_model, tiny_run, folder, tmp_path, capsys, monkeypatch):

@@ -36,6 +36,7 @@ from scl_jax import build
 from scl_jax.config import active_streams, finalize
 from scl_jax.config_check import check
 from scl_jax.config_flag import CONFIG as _CONFIG
+from scl_jax.config_flag import parse
 from scl_jax.models import parameters
 from scl_jax.remat import ROOM, least, out_of_memory, policies, with_policy
 from scl_jax.tpu_compiler import roomy_stacks
@@ -276,8 +277,11 @@ def main(argv: list[str]) -> None:
     fits = True
     try:
         config = with_mesh(finalize(_CONFIG.value, _VOCABULARY.value, ANSWERS), _MESH.value)
+        streams = active_streams(config)
+        if not set(_STREAMS.value) <= set(streams):
+            raise ValueError(f"--streams={','.join(_STREAMS.value)}: the config has {', '.join(streams)}")
         devices = tpu_devices(str(_TOPOLOGY.value))
-        for stream in _STREAMS.value or active_streams(config):
+        for stream in _STREAMS.value or streams:
             tried = find(config, stream, devices, str(_TOPOLOGY.value), _BUFFERS.value)
             for findings in tried:
                 print(describe(findings), flush=True)
@@ -295,4 +299,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

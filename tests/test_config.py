@@ -207,6 +207,26 @@ def test_the_command_answers_a_mistaken_flag_with_one_line(arguments, message):
     assert done.returncode == 1 and re.fullmatch(message + ".*\n", done.stderr), done.stderr
 
 
+_SLOW = pytest.mark.slow  # they import jax before their flags are read
+_COMPILE = f"compile_tpu --topology=v5e:2x2 --config={QUICKSTART}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("benchmark step --config=nowhere.py", "error: there is no config file nowhere.py"),
+        ("benchmark step --config.trane.steps=7", 'error: .* not have: trane; did you mean "train"'),
+        pytest.param("compile_tpu --config=nowhere.py", "error: there is no config file nowhere.py", marks=_SLOW),
+        pytest.param(f"{_COMPILE} --streams=audio", "error: --streams=audio: the config has images", marks=_SLOW),
+    ],
+)
+def test_the_other_commands_that_read_a_config_do_so_too(command, message):
+    name, *rest = command.split()
+    command = [sys.executable, "-m", f"scl_jax.{name}", *rest]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and re.fullmatch(message + ".*\n", done.stderr), done.stderr
+
+
 def test_unknown_keys_in_a_config_file_are_errors():
     config = default_config()
     with pytest.raises(AttributeError):

@@ -5,8 +5,8 @@
     python -m scl_jax.benchmark pipeline --config=configs/quickstart.py --seconds=10
     python -m scl_jax.benchmark retrieval --config=configs/quickstart.py --items=1000 --json=retrieval.json
 
-Every option of a config can be overridden, as in training; media and tokens are random, so nothing need be
-prepared, except for `pipeline`, which reads the shards of the config.
+Without --config it is configs/pretrain_image.py. Every option of a config can be overridden, as in training; media and
+tokens are random, so nothing need be prepared, except for `pipeline`, which reads the shards of the config.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+
+from scl_jax.config_flag import CONFIG as _CONFIG
+from scl_jax.config_flag import parse
 
 COMMANDS = ("step", "input", "pipeline", "retrieval")
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_image.py", "What is timed.")
+_DEFAULT = "--config=configs/pretrain_image.py"
 _STREAM = flags.DEFINE_enum("stream", "images", ["images", "videos"], "Which of the config's streams.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Samples of a step, or of an evaluation batch; 0: the config's.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "step: how many steps are timed; the median counts.")
@@ -52,6 +54,12 @@ def run(command: str) -> dict[str, Any]:
     return step.measure(config, _STREAM.value, _BATCH.value, _REPEATS.value, _WARMUP.value, _PROFILE.value)
 
 
+def with_config(arguments: list[str]) -> list[str]:
+    """The command line, with the config that is timed where none is named."""
+    named = any(argument.lstrip("-").partition("=")[0] == "config" for argument in arguments[1:])
+    return arguments if named else [arguments[0], _DEFAULT, *arguments[1:]]
+
+
 def main(argv: list[str]) -> None:
     """Runs a command, prints its table and writes its JSON."""
     if len(argv) != 2 or argv[1] not in COMMANDS:
@@ -72,4 +80,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=lambda arguments: parse(with_config(arguments)))

@@ -51,15 +51,23 @@ def upload(folder: Path, target: str, overwrite: bool) -> str:
     """Puts a folder on the hub as `hub:owner/name` and returns its address.
 
     Raises:
-        FileExistsError: the repository is there already, and `overwrite` is not given.
+        FileExistsError: the repository is there already, and `overwrite` is not given; OSError: the hub cannot be
+            reached, or refuses; ValueError: it knows no such names.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api, name = HfApi(), target.removeprefix(HUB)
-    if api.repo_exists(name) and not overwrite:
-        raise FileExistsError(f"{target} exists on the hub: choose another name, or give --overwrite")
-    api.create_repo(name, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=folder))
+    try:
+        if api.repo_exists(name) and not overwrite:
+            raise FileExistsError(f"{target} exists on the hub: choose another name, or give --overwrite")
+        api.create_repo(name, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except Exception as error:
+        # not an answer of the hub, but what httpx (or httpx2, by the hub's version) raises, which is no OSError
+        if isinstance(error, OSError) or not isinstance(error, HfHubHTTPError.__bases__[0]):
+            raise
+        raise ConnectionError(f"{target}: the hub cannot be reached ({error}); nothing is lost, try again") from error
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from scl_jax.convert import checkpoints, torch_model
+from scl_jax.convert import checkpoints, sources, torch_model
 from scl_jax.convert.__main__ import main
 from scl_jax.convert.checkpoints import read_parameters, write_parameters
 from scl_jax.convert.full_model import read_model
@@ -291,6 +291,19 @@ def test_names_go_to_and_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.M
     before, after = (checkpoints.checksum(read_parameters(tmp_path / name)[0]) for name in ("run", "again"))
     assert before == after
     assert json.loads((hub / "me/model/config.json").read_text())["heads"] == 4
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    class Api:
+        def repo_exists(self, name: str) -> bool:
+            raise HfHubHTTPError.__bases__[0]("Name or service not known")  # httpx's, which is no OSError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(OSError, match="hub:me/model: the hub cannot be reached .Name or service not known"):
+        sources.upload(tmp_path, "hub:me/model", overwrite=False)
 
 
 NAMES = sorted(weights_of("tiny_image"))

@@ -115,7 +115,7 @@ def of_record(record: dict[str, Any] | None, fed: Fed) -> list[str]:
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="scl_jax.replay", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scl_jax.replay", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("workdir", type=Path, help="of the run")
     parser.add_argument("--step", type=int, help="as metrics.jsonl counts; default: the last that was not finite")
     options = parser.parse_args()

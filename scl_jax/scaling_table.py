@@ -96,15 +96,22 @@ config and policy, too, the code has changed in between.
 
 
 def read(records: Path) -> list[Record]:
-    """The records; the last of one step counts."""
+    """The records; the last of one step counts.
+
+    Raises:
+        ValueError: a line is none of them.
+    """
     if not records.exists():
         return []
     latest: dict[tuple, Record] = {}
-    for line in records.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        mesh = tuple(record["mesh"].items())
-        names = ("config", "stream", "topology", "batch_size", "accumulate", "remat")
-        latest[(*(record[name] for name in names), mesh)] = record
+    for number, line in enumerate(records.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            mesh = tuple(record["mesh"].items())
+            names = ("config", "stream", "topology", "batch_size", "accumulate", "remat")
+            latest[(*(record[name] for name in names), mesh)] = record
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{records}, line {number}: no record of scl_jax.compile_tpu ({error})") from error
     return list(latest.values())
 
 
@@ -213,13 +220,14 @@ def main(argv: list[str]) -> None:
     records, out = Path(_RECORDS.value), Path(_OUT.value)
     try:
         steps = chosen_steps(_PLANS.value)
-    except ValueError as error:
+        out.write_text(document(read(records)), encoding="utf-8")  # first, so that a wrong path is said at once
+        for step in steps:
+            if not step.is_in(read(records)):
+                command = [sys.executable, *step.command(str(records))]
+                subprocess.run(command, check=False)  # refused ones are records, too
+            out.write_text(document(read(records)), encoding="utf-8")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    for step in steps:
-        if not step.is_in(read(records)):
-            subprocess.run([sys.executable, *step.command(str(records))], check=False)  # refused ones are records, too
-        out.write_text(document(read(records)), encoding="utf-8")
-    out.write_text(document(read(records)), encoding="utf-8")
 
 
 if __name__ == "__main__":

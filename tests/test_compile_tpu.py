@@ -196,6 +196,14 @@ def test_a_step_that_is_recorded_is_not_compiled_again():
     assert {"--mesh=data=-1,fsdp=8", "--config.data.images.batch_size=128"} <= set(step.command("x.jsonl"))
 
 
+def test_a_line_that_is_no_record_is_said_by_its_number(tmp_path):
+    file = tmp_path / "scaling.jsonl"
+    for wrong in ("{", "[]", "{}", '{"mesh": {}}', "3"):
+        file.write_text(f"{json.dumps(dataclasses.asdict(findings()))}\n{wrong}\n")
+        with pytest.raises(ValueError, match="scaling.jsonl, line 2: no record of scl_jax.compile_tpu"):
+            scaling_table.read(file)
+
+
 def test_plans_are_chosen_by_name_and_number():
     assert scaling_table.chosen_steps(["weak/0"]) == [scaling_table.PLANS["weak"][0]]
     assert len(scaling_table.chosen_steps(["sizes", "weak"])) == len(scaling_table.PLANS["sizes"]) + 4

@@ -127,17 +127,32 @@ def _write(file: Path, text: str) -> Path:
     return file
 
 
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+
+
 def main() -> None:
     """The command."""
-    parser = ArgumentParser(description="Checks answers for EvalAI's VQA challenge.")
+    program = "python -m scl_jax.evaluation.predictions"
+    parser = ArgumentParser(prog=program, description="Checks answers for EvalAI's VQA challenge.")
     parser.add_argument("answers", type=Path, help="the file to hand in")
     parser.add_argument("--questions", type=Path, required=True, help="the questions of the split, as published")
     arguments = parser.parse_args()
     try:
-        answers = json.loads(arguments.answers.read_text(encoding="utf-8"))
-        questions = json.loads(arguments.questions.read_text(encoding="utf-8"))["questions"]
-        check_answers(answers, [question["question_id"] for question in questions])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        answers = _read_json(arguments.answers)
+        try:
+            numbers = [question["question_id"] for question in _read_json(arguments.questions)["questions"]]
+            if not all(type(number) is int for number in numbers):
+                raise TypeError
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f'{arguments.questions}: {{"questions": [{{"question_id": …}}, …]}} is expected'
+            ) from error
+        check_answers(answers, numbers)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{arguments.answers}: {len(answers):,} answers, one for each question")
 

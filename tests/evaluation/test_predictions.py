@@ -72,6 +72,13 @@ def test_the_command_checks_a_file(tmp_path, monkeypatch, capsys):
     questions.write_text(json.dumps({"questions": [{"question_id": 1}, {"question_id": 3}]}))
     with pytest.raises(SystemExit, match="not answered, such as 3"):
         main()
-    questions.write_text("[]")
-    with pytest.raises(SystemExit, match="error"):
+    for wrong in ("[]", "{}", '{"questions": [1]}', '{"questions": [{"question_id": "1"}]}'):
+        questions.write_text(wrong)
+        with pytest.raises(SystemExit, match=r'error: .*questions.json: \{"questions": .* is expected'):
+            main()
+    questions.write_text("questions")
+    with pytest.raises(SystemExit, match="error: .*questions.json: not JSON"):
+        main()
+    answers.write_bytes(b"\xff")
+    with pytest.raises(SystemExit, match="error: .*answers.json: not JSON"):
         main()

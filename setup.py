@@ -1,6 +1,7 @@
 """Install scl_jax: ranges here, the exact tested versions in requirements.txt.
 
-Python 3.11 resolves to jax 0.10 and Python 3.12 to jax 0.11; both are supported.
+Python 3.11 resolves to jax 0.10 and Python 3.12 to jax 0.11; both are supported. So does 3.13, which Colab has, to
+jax 0.11; the tests do not run there as a rule.
 """
 
 from pathlib import Path
@@ -71,7 +72,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["scl_jax", "scl_jax.*"]),
     package_data={"scl_jax.demo": ["style.css"]},
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     install_requires=RUNTIME,
     extras_require=EXTRAS,
 )

@@ -29,8 +29,15 @@ if root is None:
     # !git clone --quiet "$REPOSITORY" scl_jax_copy
     root = Path.cwd() / "scl_jax_copy"
 os.chdir(root)
-if importlib.util.find_spec("grain") is None:
-    # %pip install --quiet -e "."
+needed = ("simplejpeg",)  # simplejpeg is what Colab lacks; others it has in versions that are too old
+if not all(map(importlib.util.find_spec, needed)):
+    chips = {"gpu": "/dev/nvidia0", "tpu": "/dev/vfio/0"}  # JAX for them has to be of the library's version
+    extras = ",".join(name for name, place in chips.items() if Path(place).exists())
+    library = f".[{extras}]" if extras else "."
+    # %pip install --quiet -e "$library"
+    importlib.invalidate_caches()
+    if not all(map(importlib.util.find_spec, needed)):
+        raise ImportError("the library could not be installed: pip says above why")
     print("installed")
 
 # %% [markdown]

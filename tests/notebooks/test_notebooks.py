@@ -7,10 +7,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("1_quickstart", "2_inference", "3_own_captions", "4_pytorch")
@@ -54,6 +57,33 @@ def test_badges_open_the_notebooks_of_the_repository_that_citation_names():
         assert f"({page}notebooks/{name}.ipynb)" in notebook.cells[0].source
         assert f'os.environ.get("SCL_REPOSITORY", "{home}")' in notebook.cells[1].source
     assert sync.badge("", "1_quickstart") == ""  # no public home, no badge
+
+
+@pytest.mark.parametrize("installs", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_colab_has_already_does_not_count_as_installed(name, installs, tmp_path, monkeypatch):
+    """Colab has grain, jax and flax, the latter too old, and no simplejpeg."""
+    (tmp_path / "scl_jax").mkdir()
+    (tmp_path / "scl_jax" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    find, asked = importlib.util.find_spec, []
+
+    def find_spec(module):
+        return None if module == "simplejpeg" and not (asked and installs) else find(module)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    cell = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[1].source
+    shell = SimpleNamespace(run_line_magic=lambda magic, line: asked.append(f"{magic} {line}"))
+    names = {"get_ipython": lambda: shell}
+    if installs:
+        exec(TransformerManager().transform_cell(cell), names)  # noqa: S102 (a cell of our own notebook)
+    else:
+        with pytest.raises(ImportError, match="pip says above why"):
+            exec(TransformerManager().transform_cell(cell), names)  # noqa: S102
+    assert asked == ['pip install --quiet -e "$library"']
+    extras = Requirement(f"scl_jax{names['library'].removeprefix('.')}").extras
+    assert extras <= {"gpu", "tpu", "torch"} and ("torch" in extras) == ("torch" in name)
+    assert names["library"] == "." or extras  # pip refuses ".[]"
 
 
 @pytest.fixture(scope="module")

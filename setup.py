@@ -21,7 +21,7 @@ RUNTIME = [
     "matplotlib>=3.10,<4",
     "ml_collections>=1.1,<2",
     "numpy>=2.1,<3",
-    "opencv-python-headless>=4.11,<6",  # data.resize="fast"
+    "opencv-python-headless>=4.11,<6",  # data.<stream>.resize="fast"
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12,<14",

@@ -242,7 +242,7 @@ def _item_query(
         page.text(
             x + 1.62, line, f"{score:.2f}", fontsize=7, va="center", ha="right", color=GREEN if is_right else GREY
         )
-        caption = textwrap.shorten(captions[int(answer)], 58, placeholder=" …")
+        caption = shortened(captions[int(answer)], 58)
         weight, color = ("bold", GREEN) if is_right else ("normal", INK)
         page.text(x + 1.7, line, caption, fontsize=7.5, va="center", color=color, fontweight=weight)
 
@@ -270,6 +270,15 @@ def _thumbnail(
 
 def _fold(text: str, width: int, lines: int) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most `width` characters: cut between words, or within one where it has no spaces."""
+    line = " ".join(text.split())
+    if len(line) <= width:
+        return line
+    head = line[: width - 1]
+    return (head.rpartition(" ")[0] or head[:-1]) + " …"
 
 
 def _save(figure: Figure, png: Path | str) -> Path:

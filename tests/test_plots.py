@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scl_jax.evaluation.ranking import rank
-from scl_jax.plots import _running_mean, loss_curves, retrieval_sheet
+from scl_jax.plots import _running_mean, loss_curves, retrieval_sheet, shortened
 
 
 def write_lines(path, records):
@@ -59,3 +59,9 @@ def test_retrieval_sheet_frames_the_right_answer_in_green(tmp_path, frames, kind
     green = (abs(picture - [26, 152, 80]) < 20).all(-1)
     assert green.sum() > 1000
     assert abs(picture - 128).max(-1).__lt__(3).mean() > 0.05  # the thumbnails
+
+
+def test_a_caption_without_spaces_is_cut_within():
+    assert shortened("a red star  beside a blue ring", 20) == "a red star beside …"
+    assert shortened("星" * 80, 58) == "星" * 56 + " …"
+    assert shortened("a red star", 10) == "a red star"

@@ -4,7 +4,7 @@ Everything here ends in raw sRGB bytes, uint8 (size, size, 3); normalisation is 
 Random transforms are first *drawn* (`draw_augmentation`) and then *applied* (`augment`), because
 - a JPEG larger than its crop needs is decoded at 1/2, 1/4 or 1/8 scale: the crop must be known before the pixels;
 - every frame of a clip gets the same crop, flip and operations.
-Training offers two resizes (`data.resize`): "bicubic", the paper's, by Pillow, and "fast" (`augment_fast`), an
+Training offers two resizes (`data.<stream>.resize`): "bicubic", the paper's, by Pillow, and "fast" (`augment_fast`), an
 area filter that costs less and gives slightly other pixels. Evaluation is always bicubic.
 
 Axes: H W pixels.

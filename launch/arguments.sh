@@ -12,13 +12,20 @@ die() {
   exit 2
 }
 
+show_header() { # what a script says of itself in its first lines
+  sed -n '2,/^set /s/^# //p' "launch/$(basename "$0")"
+  exit
+}
+
 parse_arguments() { # parse_arguments "name name …" ARGUMENT...: --name=value sets the variable of that name
   local known=" $1 " option
   shift
   while (($#)); do
     option=${1#--}
     option=${option%%=*}
-    if [[ $1 == --dry_run ]]; then
+    if [[ $1 == --help || $1 == -h ]]; then
+      show_header
+    elif [[ $1 == --dry_run ]]; then
       DRY_RUN=true
     elif [[ $1 == --?*=* && $known == *" $option "* ]]; then
       printf -v "$option" '%s' "${1#*=}"

@@ -4,6 +4,10 @@
 # Known vulnerabilities of the pinned versions are a warning, for at most half a minute.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  sed -n '2,/^set /s/^# //p' launch/test.sh # the lines above
+  exit
+fi
 source launch/environment.sh
 
 TORCH=2.13.0 # the converter's tests compare with PyTorch; its CPU build is enough

@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh
 
 STEP=${1:-}
+[[ $STEP != --help && $STEP != -h ]] || show_header
 [[ $STEP =~ ^(create|copy|install|run|logs|stop|delete)$ ]] || die "name a step: create, copy, install, run, logs, stop or delete"
 shift
 name='' zone='' type='' version='' spot=false project='' prepare=true config='' workdir=''

@@ -81,6 +81,13 @@ def test_the_quickstart_says_what_it_takes_and_installs_nothing(word):
     assert first.endswith("bash launch/quickstart.sh") and others[-1].startswith("WORKDIR=… and DATA=…")
 
 
+@pytest.mark.parametrize("script", ["kubernetes.sh", "local_gpu.sh", "slurm.sbatch", "test.sh", "tpu_pod.sh"])
+def test_so_do_the_others(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert f"launch/{script}" in done.stdout and "#" not in done.stdout
+
+
 def test_gpus_of_this_machine():
     (command,) = printed("local_gpu.sh", "--workdir=runs/a b", "--gpus=0,3", *TRAIN)
     assert command[:3] == ["env", "CUDA_VISIBLE_DEVICES=0,3", "JAX_PLATFORMS=cuda"]

@@ -24,7 +24,7 @@ from scl_jax.data.builders.targets import why_inconsistent
 from scl_jax.data.pipeline import decode_clip
 
 Share: TypeAlias = Callable[[str], list[str]]  # a text of this process → those of all processes, in their order
-_RULES = 1  # counted up when what makes a record good changes, so that older lists are made again
+_RULES = 2  # counted up when what makes a record good changes, so that older lists are made again
 _CHECKED_FRAMES = 2  # of a clip: the first and the last
 
 

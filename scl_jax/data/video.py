@@ -29,6 +29,7 @@ from PIL import Image
 from scl_jax.data.images import MAX_PIXELS
 
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # images in an mp4-like box
+_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # first in a mov without "ftyp", an older one
 _CONTAINERS = (b"\x1aE\xdf\xa3", b"OggS", b"FLV", b"0&\xb2u")
 
 
@@ -58,6 +59,8 @@ def is_video(data: bytes) -> bool:
     """Whether the first bytes are those of a usual video container (mp4/mov, Matroska/WebM, AVI, Ogg, FLV, ASF)."""
     if data[4:8] == b"ftyp":
         return data[8:12] not in _STILL_BRANDS
+    if data[4:8] in _QUICKTIME:
+        return True
     return data.startswith(_CONTAINERS) or (data.startswith(b"RIFF") and data[8:12] == b"AVI ")
 
 
@@ -178,7 +181,21 @@ _CONVERTERS = _Converters()
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
     picture = _CONVERTERS.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(picture, frame.rotation // 90)  # both count counter-clockwise
+    turns = frame.rotation // 90  # counter-clockwise, as rot90 counts
+    if _is_mirrored(frame):  # of a clip that is mirrored alone, the angle says half a turn
+        picture, turns = picture[:, ::-1], turns + 2
+    return np.rot90(picture, turns)
+
+
+def _is_mirrored(frame: av.VideoFrame) -> bool:
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives nothing where one of the data is of a kind that it has no name for, such as EXIF
+        return False
+    if matrix is None:
+        return False
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    return a * d < b * c
 
 
 def _stack(pictures: list[np.ndarray]) -> np.ndarray:

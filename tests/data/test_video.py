@@ -6,8 +6,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from scl_jax.data import video
+from scl_jax.data.builders.raw_files import pack_frames
 
 
 def clip(
@@ -138,15 +140,44 @@ def test_the_converter_of_a_thread_gives_what_a_new_one_gives():
             np.testing.assert_array_equal(video._to_rgb(frame), frame.to_ndarray(format="rgb24"))
 
 
-def test_the_rotation_of_a_phone_is_applied():
-    data = clip(2, noise=16)
-    # the display matrix in the track header: identity → a quarter turn
-    identity = b"".join(int(v).to_bytes(4, "big") for v in (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30))
-    quarter = b"".join(int(v % 2**32).to_bytes(4, "big") for v in (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30))
+def displayed(data: bytes, *matrix: int) -> bytes:
+    """An mp4 clip with another display matrix ((a, b), (c, d)) in its track header, where a point of column p and row q
+    goes to column a·p + c·q and row b·p + d·q."""
+
+    def written(a: int, b: int, c: int, d: int) -> bytes:
+        values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        return b"".join((value % 2**32).to_bytes(4, "big") for value in values)
+
+    identity = written(1, 0, 0, 1)
     start = data.index(identity, data.index(b"tkhd"))
-    turned = data[:start] + quarter + data[start + len(identity) :]
-    clockwise = np.rot90(video.decode_frames(data, 2), -1, axes=(1, 2))
-    np.testing.assert_array_equal(video.decode_frames(turned, 2), clockwise)
+    return data[:start] + written(*matrix) + data[start + len(identity) :]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "seen"),
+    [
+        ((0, 1, -1, 0), lambda clip: np.rot90(clip, -1, axes=(1, 2))),
+        ((0, -1, 1, 0), lambda clip: np.rot90(clip, 1, axes=(1, 2))),
+        ((-1, 0, 0, -1), lambda clip: clip[:, ::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda clip: clip[:, :, ::-1]),
+        ((1, 0, 0, -1), lambda clip: clip[:, ::-1]),
+        ((0, 1, 1, 0), lambda clip: clip.transpose(0, 2, 1, 3)),
+        ((0, -1, -1, 0), lambda clip: clip[:, ::-1, ::-1].transpose(0, 2, 1, 3)),
+    ],
+)
+def test_a_clip_is_turned_and_mirrored_as_its_camera_says(matrix, seen):
+    data = clip(2, noise=16)
+    np.testing.assert_array_equal(video.decode_frames(displayed(data, *matrix), 2), seen(video.decode_frames(data, 2)))
+
+
+def test_frames_that_hold_the_exif_of_a_camera_are_turned_upright(tmp_path):
+    """PyAV has no name for these data."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k in range(2):
+        Image.new("RGB", (64, 48), (16 + 8 * k,) * 3).save(tmp_path / f"{k}.jpg", exif=exif)
+    decoded = video.decode_frames(pack_frames(tmp_path), 2)
+    assert decoded.shape == (2, 64, 48, 3) and numbers(decoded) == [0, 1]
 
 
 def test_a_broken_tail_is_cut_off():
@@ -239,6 +270,17 @@ def test_damaged_bytes_give_frames_or_a_value_error():
         except ValueError:
             outcomes.add("refused")
     assert outcomes == {4, "refused"}
+
+
+def test_a_mov_of_an_older_camera_is_a_clip():
+    """It has no box that names its kind: it begins with an empty one, or at once with frames or their index."""
+    data = clip(8, container="mov")
+    assert data[4:8] == b"ftyp"
+    for first in (b"wide", b"free", b"skip"):
+        older = data[:4] + first + data[8:]
+        assert video.is_video(older) and numbers(video.decode_frames(older, 2)) == [0, 7]
+    for start in (b"moov", b"mdat"):
+        assert video.is_video(data[data.index(start) - 4 :])
 
 
 def test_containers_are_told_from_images():

@@ -17,6 +17,7 @@ import codecs
 import csv
 import functools
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -298,6 +299,8 @@ def _require_columns(file: Path, columns: Collection[str]) -> None:
                 f"caption file {file}: no column {' or '.join(map(repr, wanted))}; columns found: {found}"
                 + _other_separator(file, columns)
             )
+    if repeated := [name for name in _KNOWN_KEYS if list(columns).count(name) > 1]:
+        raise ValueError(f"caption file {file}: more than one column {repeated[0]!r}; give each text a row of its own")
 
 
 def _other_separator(file: Path, columns: Collection[str]) -> str:
@@ -355,7 +358,8 @@ def _only_key(values: Mapping[str, Any], wanted: tuple[str, ...]) -> str:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == ""  # an empty field of a CSV table
+    # an empty field of a CSV table, or of a pandas table whose rows were written as JSON
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def a_few(names: Iterable[Any]) -> str:

@@ -1,6 +1,7 @@
 """Facts about caption files before their media are looked at; what becomes of them: test_own_data.py."""
 
 import json
+import math
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_another_separator_is_named(media, name, separator, hint):
     with pytest.raises(ValueError) as error:
         read(media, name, f"image{separator}caption\n0.png{separator}c\n".encode())
     assert str(error.value).endswith(f"; are they separated by {hint}")
+
+
+@pytest.mark.parametrize("name", ["image", "caption", "split"])
+def test_a_column_that_comes_twice_loses_no_text(media, name):
+    content = f"image,caption,split,,,{name}\n0.png,a,train,,,b\n"
+    with pytest.raises(ValueError, match=f"more than one column '{name}'; give each text a row of its own"):
+        read(media, "c.csv", content.encode())
+
+
+def test_what_pandas_writes_for_an_empty_field_is_empty(media):
+    values = {"image": "0.png", "video": math.nan, "caption": "a", "id": math.nan, "split": math.nan}
+    lines = [json.dumps(values), json.dumps(values | {"caption": math.nan})]
+    row, problem = read(media, "c.jsonl", "\n".join(lines).encode())
+    assert (row.kind, row.id, row.split) == ("image", "0.png", "")
+    assert problem.reason == "empty caption"
 
 
 @pytest.mark.parametrize("rest", ["1.png,b\n", '1.png,"b"\n', ""])

@@ -92,15 +92,19 @@ class OwnData(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = cast(OwnDataConfig, self.builder_config)
         items, problems, notes = collect(config)
+        wanted = {split for value in config.captions for split, _ in _caption_files(value)} | {i.split for i in items}
         with progress_bar() as progress:
             items, broken = check_media(progress.track(items, description="checking files"), config.workers)
         problems = sorted([*problems, *broken], key=lambda problem: (problem.place.file, problem.place.line))
         if problems:
             write_list(problems, Path(self.data_dir).parent / LEFT_OUT_FILE)
-        if problems and not (config.skip_broken and items):
-            raise BrokenRecordsError(problems, len(items))
+        emptied = sorted(wanted - {item.split for item in items} - {""}) if items else []
+        if problems and (emptied or not (config.skip_broken and items)):
+            raise BrokenRecordsError(problems, len(items), emptied)
         if not items:
             raise ValueError("own_data: the captions name no file, nothing to prepare")
+        if emptied:
+            raise ValueError(f"own_data: the captions of split {', '.join(emptied)} name no file; leave them out")
         metadata: Any = self.info.metadata
         metadata["notes"] = {"caption files": notes}
         splits = assign_splits(items, config.validation, config.test)

@@ -33,7 +33,7 @@ class BrokenRecordsError(ValueError):
         if not usable and len(reasons) == 1:
             what_to_do += f", all for one reason: {reasons.pop()}"
         if emptied:
-            what_to_do = f"nothing is left of split {', '.join(emptied)}: repair them, or prepare others with --splits"
+            what_to_do = f"nothing is left of split {', '.join(emptied)}: repair them, or prepare only the other splits"
         super().__init__(f"{len(problems):,} of {len(problems) + usable:,} records cannot be used; {what_to_do}")
         self.problems = problems
 

@@ -327,6 +327,18 @@ def test_skip_broken_writes_the_others_and_lists_what_is_left_out(tmp_path, medi
         prepare(NAME, tmp_path / "again", captions=[captions], media=str(media), skip_broken=True)
 
 
+@pytest.mark.parametrize("row", [{"image": "gone.png", "caption": "c"}, {"image": "00.png", "caption": "c"}])
+def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path, media, row):
+    (media / "00.png").write_bytes(b"no image")
+    good = write_jsonl(tmp_path / "good.jsonl", [{"image": "01.png", "caption": "c"}])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(BrokenRecordsError, match="1 of 2 records cannot be used; nothing is left of split validation"):
+        prepared(tmp_path, media, [f"train={good}", f"val={bad}"], validation=None, test=None, skip_broken=True)
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="the captions of split test name no file"):
+        prepared(tmp_path, media, [f"train={good}", f"test={empty}"], validation=None, test=None)
+
+
 def test_tables_report_missing_columns_bad_bytes_and_torn_rows(tmp_path, media):
     path = tmp_path / "captions.csv"
     path.write_text("file,caption\n00.png,c\n")

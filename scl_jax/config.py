@@ -138,6 +138,8 @@ def _stream(**changes) -> ConfigDict:
             "frames": 1,
             "image_size": 288,
             "resize": "bicubic",  # of training crops: bicubic | fast (an area filter: slightly other pixels)
+            # (least, most) of the area in training crops, whose ratio is 3/4 to 4/3, so that wider pictures always
+            # lose their sides. (1.0, 1.0): the whole picture
             "crop_scale": (0.8, 1.0),
             "flip": "unless_sided",  # never | unless_sided (not when a caption says left or right) | always
             "rand_augment": (0, 0),  # (operations, magnitude)

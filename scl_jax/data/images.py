@@ -249,8 +249,11 @@ def draw_crop(
 ) -> tuple[int, int, int, int]:
     """Draws a crop of a share `scale` of the area and of ratio 3/4 to 4/3: torchvision's RandomResizedCrop rule.
 
-    Returns (left, top, right, bottom) in pixels. After ten misses: the centred largest crop of allowed ratio.
+    Returns (left, top, right, bottom) in pixels. After ten misses: the centred largest crop of allowed ratio. Where the
+    least share is 1, nothing may be cut off: the whole picture, whatever its ratio.
     """
+    if scale[0] >= 1:
+        return 0, 0, width, height
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -249,6 +249,12 @@ def test_a_picture_too_narrow_for_the_ratio_gets_the_largest_centred_crop():
     assert images.draw_crop(1, 1, (0.8, 1.0), rng) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("size", [(400, 100), (30, 1000), (640, 480), (640, 360)])
+def test_the_whole_area_is_the_whole_picture_whatever_its_ratio(size):
+    for seed in range(20):
+        assert images.draw_crop(*size, (1.0, 1.0), np.random.default_rng(seed)) == (0, 0, *size)
+
+
 @pytest.mark.parametrize(
     ("caption", "sided"),
     [

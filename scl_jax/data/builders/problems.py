@@ -41,12 +41,12 @@ class BrokenRecordsError(ValueError):
 def why_broken(data: bytes, kind: str) -> str:
     """Why an encoded file of a kind (image, video or media: either) cannot be used; "" when it decodes."""
     try:
-        if is_video(data):
+        if is_video(data) or (kind == "video" and data.startswith(b"GIF8")):
             if kind == "image":
                 return "a video in the place of an image"
             decode_frames(data, _CHECKED_FRAMES)
         elif kind == "video":
-            return "no video file of a known kind (mp4, mov, webm, mkv, avi, ogg, flv, asf)"
+            return "no video file of a known kind (mp4, mov, webm, mkv, avi, ogg, flv, asf, gif)"
         else:
             decode_image(data)
     except ValueError as error:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from scl_jax.data.builders import open_source, prepare
-from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError
+from scl_jax.data.builders.problems import LEFT_OUT_FILE, BrokenRecordsError, why_broken
 
 NAME = "own_data/test"
 
@@ -121,6 +121,15 @@ def test_videos_are_stored_as_they_are(tmp_path):
     found = prepared(tmp_path, tmp_path, captions)
     assert [r["captions"] for r in found] == [["a"], ["b"]]
     assert found[0]["media"] == (tmp_path / "a.mp4").read_bytes()
+
+
+def test_an_animated_gif_is_a_video_where_it_is_called_one(tmp_path, media):
+    frames = [Image.new("RGB", (20, 10), (80 * k, 0, 0)) for k in range(3)]
+    frames[0].save(media / "a.gif", save_all=True, append_images=frames[1:])
+    whole = (media / "a.gif").read_bytes()
+    captions = write_jsonl(tmp_path / "c.jsonl", [{"video": "a.gif", "caption": "c"}])
+    assert [r["media"] for r in prepared(tmp_path, media, captions)] == [whole]
+    assert why_broken(whole, "image") == "" and why_broken(whole[:12], "video")
 
 
 def test_folder_with_texts_beside_the_files_needs_no_caption_file(tmp_path):

@@ -57,15 +57,15 @@ def upload(folder: Path, target: str, overwrite: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    unreachable: Any = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, by the hub's version; it is no OSError
     api, name = HfApi(), target.removeprefix(HUB)
     try:
         if api.repo_exists(name) and not overwrite:
             raise FileExistsError(f"{target} exists on the hub: choose another name, or give --overwrite")
         api.create_repo(name, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder))
-    except Exception as error:
-        # not an answer of the hub, but what httpx (or httpx2, by the hub's version) raises, which is no OSError
-        if isinstance(error, OSError) or not isinstance(error, HfHubHTTPError.__bases__[0]):
+    except unreachable as error:
+        if isinstance(error, HfHubHTTPError):  # an answer of the hub, which is an OSError, too
             raise
         raise ConnectionError(f"{target}: the hub cannot be reached ({error}); nothing is lost, try again") from error
 

@@ -198,7 +198,7 @@ def test_the_step_takes_its_options_from_the_config(monkeypatch):
     config.seed, config.train.accumulate, config.optimizer.ema = 7, 2, 0.9
     for rates in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1)):
         config.model.dropout, config.model.attention_dropout = rates
-        build.train_step(config, None, None, None, SimpleNamespace(params=None, ema=None), make_mesh())  # type: ignore
+        build.train_step(config, None, None, None, SimpleNamespace(params=None, ema=None), make_mesh())
     for options, dropout in zip(told, (False, True, True), strict=True):
         assert options == {"seed": 7, "accumulate": 2, "dropout": dropout, "ema": 0.9}
 

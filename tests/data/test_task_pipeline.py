@@ -165,7 +165,7 @@ def test_both_images_of_a_statement_are_trained_on_under_its_text(folder, monkey
 def test_soft_scores_are_those_of_the_question():
     answers = {"answer_counts": [1, 2], "answer_labels": [3, 0, 2], "answer_scores": [0.3, 1.0, 0.6]}
     record = SimpleNamespace(extra={name: np.array(values) for name, values in answers.items()})
-    scores = [Example(record, number, 0).targets(4)["answer_scores"] for number in (0, 1)]  # type: ignore
+    scores = [Example(record, number, 0).targets(4)["answer_scores"] for number in (0, 1)]
     np.testing.assert_allclose(scores, [[0, 0, 0, 0.3], [1, 0, 0.6, 0]], rtol=1e-6)
 
 

@@ -88,6 +88,6 @@ def test_a_second_gallery_compiles_nothing():
     mesh = make_mesh()
     parts = [split_rows((np.zeros((8, 5), np.float32),), mesh)] * 2
     Rows(parts, 15, mesh)
-    compiled = joining(mesh)._cache_size()  # type: ignore[attr-defined]
+    compiled = joining(mesh)._cache_size()
     Rows(parts, 15, mesh)
-    assert joining(mesh)._cache_size() == compiled  # type: ignore[attr-defined]
+    assert joining(mesh)._cache_size() == compiled

@@ -33,7 +33,7 @@ def test_accuracies_are_over_all_batches_and_masks_differ_by_batch_alone():
 
     evaluation = PretrainingEvaluation.__new__(PretrainingEvaluation)  # without a network
     evaluation._mesh, evaluation._key = make_mesh(devices=jax.devices()[:1]), jax.random.key(0)
-    evaluation._accuracies = accuracies  # type: ignore[assignment]
+    evaluation._accuracies = accuracies
     for _ in range(2):
-        assert evaluation.accuracy({}, Pairs()) == {"matching": pytest.approx(1 / 3)}  # type: ignore[arg-type]
+        assert evaluation.accuracy({}, Pairs()) == {"matching": pytest.approx(1 / 3)}
     assert keys[:2] == keys[2:] and keys[0] != keys[1]

@@ -81,7 +81,7 @@ def test_scores_are_those_of_single_pairs(network):
     expected = jax.jit(lambda params: pair_by_pair(graph, params, examples))(params)
     mesh = make_mesh(devices=jax.devices()[:1])
     options = {"head": "matching", "batch_size": 4, "rerank": 0, "all_pairs": True}
-    evaluation = RetrievalEvaluation(graph, mesh, {"videos": examples}, **options)  # type: ignore
+    evaluation = RetrievalEvaluation(graph, mesh, {"videos": examples}, **options)
     metrics, rankings = evaluation(params)
     for top, scores in ((rankings["videos"].text_to_item, expected), (rankings["videos"].item_to_text, expected.T)):
         np.testing.assert_array_equal(top.ids, np.argsort(-scores))
@@ -94,13 +94,13 @@ def test_scores_are_those_of_single_pairs(network):
 def test_a_pair_scores_what_its_head_says():
     heads = SimpleNamespace(matching=lambda joint: 2 * joint, rank=lambda joint: joint[:, 1:])
     joint = jnp.asarray([[1.0, 4.0], [3.0, 2.0]])
-    np.testing.assert_array_equal(pair_scores(heads, "matching", joint), [6.0, -2.0])  # type: ignore
-    np.testing.assert_array_equal(pair_scores(heads, "rank", joint), [4.0, 2.0])  # type: ignore
+    np.testing.assert_array_equal(pair_scores(heads, "matching", joint), [6.0, -2.0])
+    np.testing.assert_array_equal(pair_scores(heads, "rank", joint), [4.0, 2.0])
 
 
 def evaluation_of(sets, head="matching", **options) -> RetrievalEvaluation:
     mesh = make_mesh(devices=jax.devices()[:1])
-    return RetrievalEvaluation(None, mesh, sets, head=head, batch_size=4, rerank=7, **options)  # type: ignore
+    return RetrievalEvaluation(None, mesh, sets, head=head, batch_size=4, rerank=7, **options)
 
 
 @pytest.mark.parametrize(("head", "combine"), [("matching", "sum"), ("rank", "matching")])
@@ -110,7 +110,7 @@ def test_similarity_counts_beside_the_matching_head_alone(monkeypatch, head, com
     monkeypatch.setattr(RetrievalEvaluation, "_gallery", lambda *_: (None, None))
     monkeypatch.setattr(RetrievalEvaluation, "_pair_scorer", lambda *_: None)
     evaluation = evaluation_of({"images": Examples()}, head, weights=(0.5, 2.0))
-    evaluation.retrieval({"contrastive": {"temperature": 0.25}}, "images", Examples())  # type: ignore
+    evaluation.retrieval({"contrastive": {"temperature": 0.25}}, "images", Examples())
     assert told["combine"] == combine and told["temperature"] == 0.25
     assert told["rerank"] == 7 and told["weights"] == (0.5, 2.0) and told["item"] == "image"
 
@@ -121,5 +121,5 @@ def test_a_weight_that_is_chosen_on_held_out_sets_is_taken_by_stream():
         sets=dict.fromkeys(chosen), retrieval=lambda params, stream, _: SimpleNamespace(metrics=chosen[stream])
     )
     evaluation = evaluation_of(dict.fromkeys(chosen), weights=(0.0, 1.0))
-    evaluation.fix_weights({}, held_out)  # type: ignore
+    evaluation.fix_weights({}, held_out)
     assert evaluation._weights == {"images": (0.25,), "videos": (0.5,)}

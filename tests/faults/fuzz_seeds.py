@@ -151,7 +151,7 @@ class Calls:
         self.reduced = function, args
 
     def __reduce__(self) -> tuple:
-        return self.reduced  # type: ignore[return-value]
+        return self.reduced
 
 
 def annotations(canary: Path) -> dict[str, bytes]:

@@ -51,5 +51,5 @@ def test_every_pass_has_a_key_of_its_own(task):
 
 
 def test_a_statement_is_read_with_its_first_image_then_with_its_second():
-    logits = Statements().logits(network([]), BATCH)  # type: ignore
+    logits = Statements().logits(network([]), BATCH)
     np.testing.assert_array_equal(logits, [[10, IMAGE_TYPE, 20, SECOND_IMAGE_TYPE]] * 2)

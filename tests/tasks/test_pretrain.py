@@ -52,7 +52,7 @@ def test_accuracies_are_of_real_pairs_and_of_masked_tokens(monkeypatch):
     monkeypatch.setattr(pretrain, "harden_partners", lambda masks, *_: masks)
     monkeypatch.setattr(pretrain, "fuse_pairs", lambda *_: fused)
     task = Pretraining({}, MaskSpec(60, 4), 16, {}, {})
-    outputs = task.features(model, batch, masks, ("matching", "masked_language"), None)  # type: ignore
+    outputs = task.features(model, batch, masks, ("matching", "masked_language"), None)
     assert float(outputs.accuracies["matching"].mean()) == pytest.approx(2 / 3)
     assert float(outputs.accuracies["masked_language"].mean()) == pytest.approx(4 / 5)
     surprise = {"matching": [0, 0, 1], "masked_language": [0, 1, 0, 0, 0]}  # by how much the right logit is lower

@@ -109,8 +109,8 @@ def test_texts_that_do_not_count_are_not_compared(monkeypatch):
     @jax.jit
     def run():
         masks = TASK.draw_masks(batch, jax.random.key(0))
-        _, valid = TASK.choose(masks, vectors, vectors, jnp.asarray(0.07))  # type: ignore
-        return TASK.features(network, batch, masks, ("rank",), jax.random.key(1)).losses["rank"], valid  # type: ignore
+        _, valid = TASK.choose(masks, vectors, vectors, jnp.asarray(0.07))
+        return TASK.features(network, batch, masks, ("rank",), jax.random.key(1)).losses["rank"], valid
 
     loss, valid = run()
     rows = zip(np.asarray(scores, float), np.asarray(valid), strict=True)

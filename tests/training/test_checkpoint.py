@@ -19,7 +19,7 @@ from scl_jax.training.state import TrainState
 
 def save(checkpoints: Checkpoints, values: dict[int, float | None]) -> None:
     for step, value in values.items():
-        state = TrainState(np.zeros([], np.int32), {"x": np.ones(2)}, ())  # type: ignore[arg-type]
+        state = TrainState(np.zeros([], np.int32), {"x": np.ones(2)}, ())
         checkpoints.save(step, state, {}, None if value is None else {"accuracy": value})
     checkpoints.wait()
     checkpoints.close()

@@ -97,7 +97,7 @@ def run(workdir, begin=0, before=lambda number: None, evaluate=lambda state: {},
     with RunLog(workdir, 6, console=False, tensorboard=False) as log:
         step, guard = jax.jit(count, static_argnums=2), Guard(workdir / "nonfinite", 10, 0)
         arguments = (task, step, state, Batches(before), make_mesh(), plan, checkpoints, log)
-        return train(*arguments, evaluate, Window(), guard, 60)  # type: ignore[arg-type]
+        return train(*arguments, evaluate, Window(), guard, 60)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def run(factors: list[float], options: OptimizerConfig = LINEAR):
     graph, params = parameters.split(OneNumber(nnx.Rngs(0)))
     tx = make_optimizer(options, STEPS, params)
     task, schedule = Product(), make_schedule(options, STEPS)
-    step = jax.jit(make_step(task, graph, tx, schedule, seed=0, dropout=False, ema=0.5), static_argnums=2)  # type: ignore
+    step = jax.jit(make_step(task, graph, tx, schedule, seed=0, dropout=False, ema=0.5), static_argnums=2)
     states, metrics = [TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), params)], []
     for factor in factors:
         state, found = step(states[-1], SimpleBatch(jnp.asarray(factor)), ())

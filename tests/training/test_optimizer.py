@@ -323,10 +323,10 @@ class Slope:
 def test_the_average_follows_the_parameters_after_each_update(decay, expected):
     graph, params = parameters.split(OneNumber(nnx.Rngs(0)))
     tx = optax.sgd(0.1)
-    step = make_step(Slope(), graph, tx, optax.constant_schedule(0.1), seed=0, dropout=False, ema=decay)  # type: ignore
+    step = make_step(Slope(), graph, tx, optax.constant_schedule(0.1), seed=0, dropout=False, ema=decay)
     state = TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), params)
     for number, average in enumerate(expected, start=1):
-        state, _ = step(state, jnp.ones(2), ("slope",))  # type: ignore
+        state, _ = step(state, jnp.ones(2), ("slope",))
         np.testing.assert_allclose(state.params["contrastive"]["temperature"], 1 - 0.1 * number, rtol=1e-6)
         np.testing.assert_allclose(state.ema["contrastive"]["temperature"], average, rtol=1e-6)
 

@@ -120,7 +120,7 @@ def noisy_steps(seed: int, accumulate: int, **options) -> list[dict[str, float]]
     tx, zeros = optax.sgd(0.0), jnp.zeros((4, 1), jnp.int32)
     batch = Batch(jnp.zeros((4, 1, 1, 1, 3)), zeros, zeros > 0, zeros, jnp.ones(4), zeros[:, 0])
     step = jax.jit(
-        make_step(Noise(), graph, tx, lambda step: 1.0 * step, seed=seed, accumulate=accumulate, **options),  # type: ignore
+        make_step(Noise(), graph, tx, lambda step: 1.0 * step, seed=seed, accumulate=accumulate, **options),
         static_argnums=2,
     )
     state, metrics = TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), None), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,9 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     return GPU_OPTIONS if mesh.devices.flat[0].platform in ("gpu", "cuda") else None
 
 
-def model_maker(config: ConfigDict) -> Callable[[nnx.Rngs], SCL]:
+def model_maker(config: ConfigDict) -> partial[SCL]:
     """A function that makes the model from random generators."""
-    sizes = model_config(config)
-    return lambda rngs: SCL(sizes, rngs)
+    return partial(SCL, model_config(config))
 
 
 def pretraining(config: ConfigDict, vocab_size: int, mask_id: int) -> Pretraining:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class GoldenCase:
             precision=Precision(dtype, dtype),
         )
         self.weights = load_file(GOLDEN / f"{tag}.safetensors")
-        self.graph, shapes = parameters.abstract(lambda rngs: SCL(self.model_config, rngs))
+        self.graph, shapes = parameters.abstract(partial(SCL, self.model_config))
         self.shapes = {path: tuple(x.shape) for path, x in parameters.flatten(shapes).items()}
         self.absent = [r"vision\.mask_embedding"] if self.is_video else [r"vision\.temporal_embedding"]
         flat, self.report = torch_to_flax(self.weights, self.shapes, may_miss=self.absent)

@@ -6,7 +6,7 @@ Axes: B batch, F frames, P patches, N tokens a frame, L text tokens, D width.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def params():
 
 
 def model(remat: str = "none", dropout: float = 0.0, weights=None, attention: str = "xla") -> SCL:
-    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat, dropout, attention), rngs))
+    graph, _ = parameters.abstract(partial(SCL, config_of(remat, dropout, attention)))
     return parameters.merge(graph, params() if weights is None else weights)
 
 

@@ -185,7 +185,7 @@ def test_losses_in_float64(tag, as_is):
 def downstream(case: GoldenCase, name: str, width: int, hidden: int, classes: int) -> Classifier:
     """A recorded classifier, through the conversion rules."""
     precision = Precision(case.dtype, case.dtype)
-    graph, shapes = parameters.abstract(lambda rngs: Classifier(width, hidden, classes, precision, rngs))
+    graph, shapes = parameters.abstract(partial(Classifier, width, hidden, classes, precision))
     wanted = {f"{name}.{path}": x.shape for path, x in parameters.flatten(shapes).items()}
     tensors = load_file(GOLDEN / f"{case.tag}_downstream.safetensors")
     own = {key: value for key, value in tensors.items() if key.startswith(f"{name}_classifier.")}

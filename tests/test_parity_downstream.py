@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Downstream:
             answers=self.case.config["vqav2_label_size"],
             fusion=dataclasses.replace(self.case.model_config.fusion, token_types=3 if name == "nlvr2" else 2),
         )
-        self.graph, shapes = parameters.abstract(lambda rngs: SCL(self.config, rngs))
+        self.graph, shapes = parameters.abstract(partial(SCL, self.config))
         flat_shapes = {path: tuple(x.shape) for path, x in parameters.flatten(shapes).items()}
         extra = load_file(GOLDEN / f"{tag}_downstream.safetensors")
         if name != "nlvr2":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import numpy as np
@@ -33,7 +33,7 @@ def model_shapes(sizes: SCLConfig) -> Mapping[str, tuple[int, ...]]:
     config = scl.SCLConfig(
         vision, text, fusion, c.projection_width, c.initial_temperature, heads=c.with_heads, answers=c.answers
     )
-    shapes = parameters.flatten(parameters.abstract(lambda rngs: scl.SCL(config, rngs))[1])
+    shapes = parameters.flatten(parameters.abstract(partial(scl.SCL, config))[1])
     return MappingProxyType({path: tuple(x.shape) for path, x in shapes.items()})
 
 

@@ -13,11 +13,11 @@ classes.json lists the answers of the head, where there is one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from scl_jax import build
 from scl_jax.config import config_of_run
@@ -35,11 +35,9 @@ from scl_jax.convert.sources import locate
 from scl_jax.convert.to_flax import read_torch
 from scl_jax.data.tokens import Tokenizer, load_run_tokenizer, load_tokenizer
 from scl_jax.models import parameters
-from scl_jax.models.heads import Classifier, scoring
-from scl_jax.models.scl import SCL, SCLConfig
+from scl_jax.models.scl import PRETRAINING_HEADS, SCL, SCLConfig
 
-PRETRAINING_HEADS = ("contrastive", "matching", "masked_language")
-FINE_TUNED_HEADS = ("vqa", "nlvr2", "entailment", "rank")
+ALL_HEADS = (*PRETRAINING_HEADS, "vqa", "nlvr2", "entailment", "rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Weights:
     """What a source holds."""
 
     name: str
-    make: Callable[[nnx.Rngs], nnx.Module]  # the network with exactly the heads that the weights have
+    make: partial[SCL]  # the network with exactly the heads that the weights have
     flat: dict[str, np.ndarray]  # its parameters by dotted path
     heads: tuple[str, ...]
     attention_heads: tuple[int, int, int]  # of vision, text and fusion, which parameters do not show
@@ -90,7 +88,8 @@ def read_weights(
     if dtype:
         config.model.dtype = dtype
     shapes = {name: tuple(value.shape) for name, value in flat.items()}
-    make = with_heads(build.model_config(config), shapes)
+    sizes = with_heads(build.model_config(config), shapes)
+    make = partial(SCL, sizes)
     expected = {k: tuple(v.shape) for k, v in parameters.flatten(parameters.abstract(make)[1]).items()}
     fitted, _ = fit(flat, expected)
     found = load_tokenizer(tokenizer) if tokenizer else load_run_tokenizer(path, named)
@@ -99,7 +98,7 @@ def read_weights(
         name=source,
         make=make,
         flat=fitted,
-        heads=tuple(name for name in (*PRETRAINING_HEADS, *FINE_TUNED_HEADS) if _has(name, shapes)),
+        heads=sizes.heads,
         attention_heads=tuple(config.model[part].heads for part in ("vision", "text", "fusion")),
         tokenizer=found,
         **dataclasses.asdict(inputs_of(config)),
@@ -107,26 +106,15 @@ def read_weights(
     )
 
 
-def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[nnx.Rngs], nnx.Module]:
-    """The network of `sizes` with the heads, token types and number of answers that `shapes` (by path) have."""
+def with_heads(sizes: SCLConfig, shapes: Mapping[str, tuple[int, ...]]) -> SCLConfig:
+    """`sizes` with the heads, token types and number of answers that `shapes` (by path) have."""
     types = shapes.get("fusion.token_type", (2,))[0]
-    sizes = dataclasses.replace(sizes, fusion=dataclasses.replace(sizes.fusion, token_types=types))
-    joint, precision = 2 * sizes.fusion.width, sizes.precision
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        model = SCL(sizes, rngs)
-        for name in PRETRAINING_HEADS:
-            if hasattr(model, name) and not _has(name, shapes):
-                delattr(model, name)
-        for name, width in (("vqa", joint), ("nlvr2", 2 * joint), ("entailment", joint)):
-            if _has(name, shapes) and not hasattr(model, name):
-                classes = shapes[f"{name}.out.bias"][0]
-                setattr(model, name, Classifier(width, joint, classes, precision, rngs))
-        if _has("rank", shapes) and not hasattr(model, "rank"):
-            setattr(model, "rank", scoring(joint, 1, precision, rngs))  # noqa: B010
-        return model
-
-    return make
+    return dataclasses.replace(
+        sizes,
+        fusion=dataclasses.replace(sizes.fusion, token_types=types),
+        heads=tuple(name for name in ALL_HEADS if _has(name, shapes)),
+        answers=shapes.get("vqa.out.bias", (sizes.answers,))[0],
+    )
 
 
 def _has(head: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -22,9 +23,19 @@ def merge(graph: nnx.GraphDef, params: Params) -> Any:
     return nnx.merge(graph, params)
 
 
-def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
-    """Graph and parameters as shapes and types only: nothing is computed."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+def abstract(make: partial[Any]) -> tuple[nnx.GraphDef, Params]:
+    """Graph and parameters of `make(rngs)` as shapes and types only: nothing is computed.
+
+    `make` is a partial of sizes, all hashable, such as `partial(SCL, sizes)`: building a network takes part of a
+    second even without its numbers, so what came of the same sizes before is given again.
+    """
+    graph, shapes = _abstract(make.func, make.args, jax.config.read("jax_enable_x64"))
+    return graph, jax.tree.map(lambda x: x, shapes)  # dictionaries of the caller's own
+
+
+@lru_cache(maxsize=64)
+def _abstract(make: Callable[..., nnx.Module], sizes: tuple, x64: bool) -> tuple[nnx.GraphDef, Params]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(*sizes, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 

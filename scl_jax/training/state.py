@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -29,7 +30,7 @@ class TrainState:
 
 
 def plan_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module],
+    make_model: partial[Any],
     make_tx: Callable[[Params], optax.GradientTransformationExtraArgs],
     mesh: Mesh,
     with_ema: bool = False,
@@ -45,7 +46,7 @@ def plan_state(
 
 
 def init_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module],
+    make_model: partial[Any],
     make_tx: Callable[[Params], optax.GradientTransformationExtraArgs],
     mesh: Mesh,
     seed: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -56,7 +57,7 @@ def network():
         projection_width=4,
         heads=("contrastive", "matching"),
     )
-    graph, shapes = parameters.abstract(lambda rngs: SCL(sizes, rngs))
+    graph, shapes = parameters.abstract(partial(SCL, sizes))
     rng = np.random.default_rng(1)  # large enough that inputs matter
     flat = {path: rng.normal(0, 0.3, x.shape) for path, x in parameters.flatten(shapes).items()}
     flat |= {path: 1 + x for path, x in flat.items() if path.endswith(".scale")} | {"contrastive.temperature": 0.5}

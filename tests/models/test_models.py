@@ -173,7 +173,7 @@ def everything(network: SCL, key=None):
 @lru_cache
 def with_remat(remat: str):
     ids, mask = text()
-    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(remat), rngs))
+    graph, _ = parameters.abstract(partial(SCL, config_of(remat)))
 
     def loss(p):
         return jnp.sum(parameters.merge(graph, p).text(ids, mask) ** 3)

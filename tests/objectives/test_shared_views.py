@@ -5,7 +5,7 @@ To 1e-5, and in float64, so that nothing but a real difference can show: gradien
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def config_of(text_layers: int = 1, **dropout: float) -> SCLConfig:
 
 @lru_cache
 def network():
-    graph, _ = parameters.abstract(lambda rngs: SCL(config_of(), rngs))
+    graph, _ = parameters.abstract(partial(SCL, config_of()))
     return graph, compiled(lambda: parameters.split(SCL(config_of(), nnx.Rngs(0)))[1])()
 
 
@@ -142,7 +142,7 @@ def test_every_dropout_has_a_key_of_its_own(monkeypatch):
         TASK.features(model, make_batch(), TASK.draw_masks(make_batch(), key), ("global_text",), key)
 
     with jax.enable_x64(True):
-        graph, shapes = parameters.abstract(lambda rngs: SCL(config, rngs))
+        graph, shapes = parameters.abstract(partial(SCL, config))
         run(jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
         jax.effects_barrier()
     assert len(set(drawn)) == len(drawn)

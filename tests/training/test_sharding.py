@@ -47,7 +47,7 @@ def tiny():
         fusion=FusionConfig(**sizes),
         projection_width=16,
     )
-    return lambda rngs: SCL(config, rngs)
+    return partial(SCL, config)
 
 
 @lru_cache

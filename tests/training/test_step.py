@@ -1,6 +1,7 @@
 """A batch taken in micro-batches gives the losses and the gradient of the same batch taken whole, in float64."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,7 +39,7 @@ def both_ways(stream: str, active: tuple[str, ...], count: int, **changes):
     config = finalize(toy_run.config(Path(), **changes), VOCABULARY)
     task = build.pretraining(config, config.model.text.vocab_size, mask_id=4)
     sizes = dataclasses.replace(build.model_config(config), precision=Precision(jnp.float64, jnp.float64))
-    graph, _ = parameters.abstract(lambda rngs: SCL(sizes, rngs))
+    graph, _ = parameters.abstract(partial(SCL, sizes))
     params = jax.jit(lambda: parameters.split(SCL(sizes, nnx.Rngs(0)))[1])()
     arrays = random_arrays(config, stream, ROWS)
     arrays["weight"][[3, 9]] = 0

@@ -45,7 +45,8 @@ check format ruff format --check .
 types_log=$(mktemp)
 pyright --pythonpath .venv/bin/python >"$types_log" 2>&1 & # beside the tests
 types=$!
-check tests python -m pytest -n 2 --cov --cov-report=term "$@"
+# a file's tests share fixtures and what is compiled: one worker has them all
+check tests python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term "$@"
 check types wait "$types"
 cat "$types_log"
 rm -f "$types_log"

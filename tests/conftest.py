@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 gc.set_threshold(
@@ -73,11 +74,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: the longest tests should not be what one worker is left with. Some without coverage."""
+    """Whole runs first: the longest tests should not be what one worker is left with."""
     items.sort(key=lambda item: not item.path.name.startswith(("test_session", "test_finetuning")))
-    for item in items:
-        if any(part in item.nodeid for part in NOT_MEASURED):
-            item.add_marker("no_cover")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """NOT_MEASURED runs without coverage: pytest-cov starts two tracers a worker, and its `no_cover` stops one."""
+    if not any(part in item.nodeid for part in NOT_MEASURED):
+        return (yield)
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,7 @@ def test_a_run_chooses_says_and_records_its_policy(data_dir, tmp_path, monkeypat
 
 def test_a_finished_run_plans_nothing(data_dir, tmp_path, monkeypatch):
     """Unless its last checkpoint is damaged, so that steps are left after all."""
-    config = toy_run.config(data_dir, **{"data.videos.share": 0.0})
+    config = toy_run.config(data_dir, **FEW | {"data.videos.share": 0.0})
     run = Session(config, tmp_path)
     _, _, state = run.initial_state()
     with run.open_log(0) as log:

@@ -17,10 +17,12 @@ gc.set_threshold(
     100_000, 20, 100
 )  # tracing makes many objects that live on: looking for rubbish took a tenth of the time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# tests compile much and run little: a quarter of the compile time, the same numbers
+# tests compile much and run little: a quarter of the compile time, the same numbers; in one piece, since both
+# cores are taken
 FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
 

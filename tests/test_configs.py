@@ -97,7 +97,7 @@ def abstract_step(config):
     return lambda state, batch: step(state, batch, OBJECTIVES), state
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "pretrain_image"])  # a stream of pretrain_joint
 def test_every_stream_of_a_config_has_a_step_with_all_objectives(name):
     config = finalized(name)
     step, state = abstract_step(config)

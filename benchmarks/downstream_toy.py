@@ -1,7 +1,7 @@
 """Does pre-training help? Every task on the toy world, fine-tuned from a checkpoint and from random weights.
 
-    python -m scl_jax.data.prepare --out=data --train_tokenizer=data/tokenizer \
-        --dataset=toy_world/images,toy_world/videos,toy_world/questions,toy_world/statements,toy_world/entailment
+    bash launch/quickstart.sh  # the checkpoint; its tokenizer is kept
+    python -m scl_jax.data.prepare --out=data --dataset=toy_world/questions,toy_world/statements,toy_world/entailment
     python benchmarks/downstream_toy.py --checkpoint=runs/quickstart --out=runs/downstream
 
 Both runs of a task have the same config (`configs/<task>.py:toy`), seed, examples and steps; only `init.checkpoint`

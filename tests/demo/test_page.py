@@ -13,40 +13,47 @@ from tiny_model import PRETRAINING, free_port, write_run
 
 import scl_jax
 from scl_jax.demo import html
-from scl_jax.demo.page import kindly, launch, page
 from scl_jax.demo.service import Service, Sight
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def demo():
+    """`scl_jax.demo.page`, read here: its package takes seconds, which a worker without these tests can spare."""
+    from scl_jax.demo import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
+def address(demo, tmp_path_factory):
     model = scl_jax.load(str(write_run(tmp_path_factory.mktemp("page"), PRETRAINING)))
-    blocks = page(Service([model], largest_upload=0.5))
-    yield launch(blocks, "127.0.0.1", free_port(), 0.5, block=False)
+    blocks = demo.page(Service([model], largest_upload=0.5))
+    yield demo.launch(blocks, "127.0.0.1", free_port(), 0.5, block=False)
     blocks.close()
 
 
-def test_errors_become_a_message_and_empty_outputs():
+def test_errors_become_a_message_and_empty_outputs(demo):
     def answer(text):
         raise ValueError(f"{text} is no picture")
 
-    said, *outputs = kindly(answer, ("", None), "<script>.png")
+    said, *outputs = demo.kindly(answer, ("", None), "<script>.png")
     assert 'role="alert"' in said and "&lt;script&gt;.png is no picture." in said
     assert outputs == ["", None]
 
 
-def test_warnings_become_a_note():
+def test_warnings_become_a_note(demo):
     def answer():
         warnings.warn("the model reads 16 tokens: cut after 'star'", stacklevel=1)
         return ("done",)
 
-    said, output = kindly(answer, ("",))
+    said, output = demo.kindly(answer, ("",))
     assert "The model reads 16 tokens" in said and output == "done"
-    assert kindly(lambda: ("done",), ("",)) == ("", "done")
+    assert demo.kindly(lambda: ("done",), ("",)) == ("", "done")
 
 
-def test_bugs_are_not_hidden():
+def test_bugs_are_not_hidden(demo):
     with pytest.raises(ZeroDivisionError):
-        kindly(lambda: (1 / 0,), ("",))
+        demo.kindly(lambda: (1 / 0,), ("",))
 
 
 def test_words_of_strangers_are_escaped():

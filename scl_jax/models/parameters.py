@@ -29,13 +29,14 @@ def abstract(make: partial[Any]) -> tuple[nnx.GraphDef, Params]:
     `make` is a partial of sizes, all hashable, such as `partial(SCL, sizes)`: building a network takes part of a
     second even without its numbers, so what came of the same sizes before is given again.
     """
-    graph, shapes = _abstract(make.func, make.args, jax.config.read("jax_enable_x64"))
+    named = tuple(make.keywords.items())
+    graph, shapes = _abstract(make.func, make.args, named, jax.config.read("jax_enable_x64"))
     return graph, jax.tree.map(lambda x: x, shapes)  # dictionaries of the caller's own
 
 
 @lru_cache(maxsize=64)
-def _abstract(make: Callable[..., nnx.Module], sizes: tuple, x64: bool) -> tuple[nnx.GraphDef, Params]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(*sizes, nnx.Rngs(0))))
+def _abstract(make: Callable[..., nnx.Module], sizes: tuple, named: tuple, x64: bool) -> tuple[nnx.GraphDef, Params]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(*sizes, nnx.Rngs(0), **dict(named))))
     return graph, nnx.to_pure_dict(state)
 
 

@@ -63,3 +63,11 @@ def test_a_network_is_made_once():
     for _ in range(3):
         parameters.abstract(partial(Counted, 8, 4, 3, Precision()))
     assert len(seen) == 1
+
+
+def test_named_sizes_count_too():
+    def network(width, rngs, *, classes):
+        return Classifier(width, 4, classes, Precision(), rngs)
+
+    shapes = (parameters.abstract(partial(network, 8, classes=n))[1]["out"]["kernel"].shape for n in (3, 5, 3))
+    assert list(shapes) == [(4, 3), (4, 5), (4, 3)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache, partial
-from types import MappingProxyType
+from functools import partial
 
 import numpy as np
 
@@ -20,8 +19,7 @@ MAY_MISS = (r"vision\.(temporal|mask)_embedding",)
 DEFAULT_FRAMES = 8  # temporal rows of the method
 
 
-@lru_cache(maxsize=16)  # building a model takes a second, even without its numbers
-def model_shapes(sizes: SCLConfig) -> Mapping[str, tuple[int, ...]]:
+def model_shapes(sizes: SCLConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by dotted path, of a model with the heads of `sizes`."""
     c = sizes
     text = TextConfig(c.width, c.text_layers, c.heads, c.mlp_width, c.vocab_size, c.max_positions)
@@ -34,7 +32,7 @@ def model_shapes(sizes: SCLConfig) -> Mapping[str, tuple[int, ...]]:
         vision, text, fusion, c.projection_width, c.initial_temperature, heads=c.with_heads, answers=c.answers
     )
     shapes = parameters.flatten(parameters.abstract(partial(scl.SCL, config))[1])
-    return MappingProxyType({path: tuple(x.shape) for path, x in shapes.items()})
+    return {path: tuple(x.shape) for path, x in shapes.items()}
 
 
 def read_model(

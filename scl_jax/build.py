@@ -53,7 +53,7 @@ def model_config(config: ConfigDict, param_dtype: Any = jnp.float32) -> SCLConfi
             param_dtype,
             m.initializer_range,
             kernels=m.attention == "fused",
-            amx=m.attention == "by_head" and m.dtype == "bfloat16" and has_amx(),
+            units=units(m.dtype) if m.attention == "by_head" else "",
         ),
         heads=HEADS[config.task],
         answers=m.answers,
@@ -88,10 +88,11 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
     return config
 
 
-def has_amx() -> bool:
-    """Whether this machine's processor has AMX, Intel's units for products of bfloat16."""
-    information = Path("/proc/cpuinfo")
-    return information.exists() and "amx_bf16" in information.read_text()
+def units(dtype: str, information: Path = Path("/proc/cpuinfo")) -> str:
+    """What multiplies this type on this machine's processor: `Precision.units`, "" where it is nothing special."""
+    features = information.read_text() if information.exists() else ""
+    name, feature = {"bfloat16": ("amx", "amx_bf16"), "float32": ("avx512", "avx512f")}.get(dtype, ("", ""))
+    return name if name and feature in features else ""
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not

@@ -192,7 +192,7 @@ class Projection(nnx.LinearGeneral):
             rngs=rngs,
         )
         self.parts, self.heads = parts, heads
-        self.width, self.amx = width, precision.amx
+        self.width, self.units = width, precision.units
         self.apart = implementation in ("fused", "mosaic")
 
     def weights(self) -> tuple[Array, Array]:
@@ -216,7 +216,7 @@ class Projection(nnx.LinearGeneral):
             results = [add_bias(y, bias[part].reshape(-1)) for part, y in enumerate(products)]
             return tuple(y.reshape(*x.shape[:-1], *head) for y in results)
         else:
-            y = add_bias(product(rows, kernel.reshape(-1, parts * self.width), self.amx), bias.reshape(-1))
+            y = add_bias(product(rows, kernel.reshape(-1, parts * self.width), self.units), bias.reshape(-1))
         y = y.reshape(*x.shape[:-1], parts, *head)
         # not cut by indices: their gradients would be padded to the whole, and added
         return tuple(part.squeeze(-3) for part in jax.lax.split(y, [1] * parts, axis=y.ndim - 3))

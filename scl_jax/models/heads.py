@@ -26,7 +26,7 @@ def unit(x: Float[Array, "... D"], axis: int = -1) -> Float[Array, "... D"]:
 
 def scoring(width: int, scores: int, precision: Precision, rngs: nnx.Rngs) -> Linear:
     """The last linear map of a head whose scores are compared, in at least float32: in bfloat16 many would be equal."""
-    wide = dataclasses.replace(precision, dtype=jnp.promote_types(precision.dtype, jnp.float32), amx=False)
+    wide = dataclasses.replace(precision, dtype=jnp.promote_types(precision.dtype, jnp.float32), units="")
     return wide.linear(width, scores, precision.bert_init, rngs)
 
 

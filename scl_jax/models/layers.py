@@ -28,7 +28,7 @@ class Precision:
     param_dtype: Any = jnp.float32
     initializer_range: float = 0.02
     kernels: bool = False  # of our own, for GPUs: models/layer_norm_kernel.py
-    amx: bool = False  # bfloat16 is multiplied by units of the CPU; without them it is faster in float32
+    units: str = ""  # of a CPU, that multiply: "amx" (bfloat16), "avx512" (float32); the way of `product` hangs on them
 
     @property
     def bert_init(self) -> Callable:
@@ -39,7 +39,7 @@ class Precision:
         return Linear(
             d_in,
             d_out,
-            self.amx,
+            self.units,
             use_bias=use_bias,
             kernel_init=init,
             dtype=self.dtype,
@@ -57,34 +57,38 @@ class Linear(nnx.Linear):
     XLA on a CPU transposes whole activations for the gradient of a kernel where these have several axes.
     """
 
-    def __init__(self, d_in: int, d_out: int, amx: bool, **others: Any):
+    def __init__(self, d_in: int, d_out: int, units: str, **others: Any):
         super().__init__(d_in, d_out, **others)
-        self.amx = amx
+        self.units = units
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... M"]:
         dtype: Any = self.dtype
         rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-        y: Any = product(rows, self.kernel[...].astype(dtype), self.amx)
+        y: Any = product(rows, self.kernel[...].astype(dtype), self.units)
         if self.bias is not None:
             y = add_bias(y, self.bias[...])
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"], amx: bool = False) -> Float[Array, "R M"]:
-    """`rows @ kernel`; on a CPU with a backward pass that its faster matrix products take. `amx`: see `Precision`."""
-    return contract(rows, kernel, 0, amx)
+def product(rows: Float[Array, "R D"], kernel: Float[Array, "D M"], units: str = "") -> Float[Array, "R M"]:
+    """`rows @ kernel`; on a CPU with a backward pass that its faster matrix products take. `units`: see `Precision`."""
+    return contract(rows, kernel, 0, units == "amx")
 
 
-def product_backward(amx: bool, kept, gradient):
+def product_backward(units: str, kept, gradient):
     """Gradients of rows and kernel."""
     rows, kernel = kept
-    on_cpu = partial(columns_first, amx=amx)
-    of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=on_cpu, default=lambda x, y: x.T @ y)
+    amx = units == "amx"
+    if units == "avx512":
+        of_kernel = rows.T @ gradient
+    else:
+        on_cpu = partial(columns_first, amx=amx)
+        of_kernel = jax.lax.platform_dependent(rows, gradient, cpu=on_cpu, default=lambda x, y: x.T @ y)
     return contract(gradient, kernel, 1, amx), of_kernel
 
 
-product.defvjp(lambda rows, kernel, amx: (contract(rows, kernel, 0, amx), (rows, kernel)), product_backward)
+product.defvjp(lambda rows, kernel, units: (product(rows, kernel, units), (rows, kernel)), product_backward)
 
 
 def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int, amx: bool) -> Float[Array, "R _"]:
@@ -99,7 +103,10 @@ def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int, amx: boo
 
 
 def columns_first(x: Float[Array, "R D"], y: Float[Array, "R M"], amx: bool) -> Float[Array, "D M"]:
-    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns."""
+    """`x.T @ y`, the narrower one transposed before the product: XLA's own on a CPU does not read it by columns.
+
+    With AVX-512, in float32, the one that does is as fast.
+    """
     if x.shape[1] > y.shape[1]:
         return columns_first(y, x, amx).T
     columns = x.T.reshape(-1) if amx else x.T  # of a single axis: XLA does not see that it is transposed

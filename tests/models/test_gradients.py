@@ -1,6 +1,7 @@
 """Gradients that are written by hand are those of automatic differentiation, and keep no more than they say."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from scl_jax import build
 from scl_jax.models import attention, layers
 from scl_jax.models.dropout import dropout
 from scl_jax.models.text import look_up
@@ -58,11 +60,23 @@ def test_layer_norm():
 
 
 @pytest.mark.parametrize("widths", [(6, 9), (9, 6), (6, 6)])
+@pytest.mark.parametrize("units", ["", "avx512"])
 @pytest.mark.parametrize(("dtype", "rtol"), [("float64", WIDE), ("float32", 1e-6)])
-def test_product(widths, dtype, rtol):
+def test_product(widths, units, dtype, rtol):
     with jax.enable_x64(True):
         rows, kernel = normal(7, widths[0]).astype(dtype), normal(*widths).astype(dtype)
-        same_gradients(jax.jit(layers.product), jnp.matmul, (rows, kernel), rtol)
+        same_gradients(jax.jit(partial(layers.product, units=units)), jnp.matmul, (rows, kernel), rtol)
+
+
+@pytest.mark.parametrize(
+    ("features", "float32", "bfloat16"),
+    [("avx2", "", ""), ("avx2 avx512f", "avx512", ""), ("avx2 avx512f amx_bf16", "avx512", "amx"), (None, "", "")],
+)
+def test_units_of_this_processor(tmp_path, features, float32, bfloat16):
+    if features:
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {features}\n")
+    found = [build.units(dtype, tmp_path / "cpuinfo") for dtype in ("float32", "bfloat16", "float64")]
+    assert found == [float32, bfloat16, ""]
 
 
 @pytest.mark.parametrize("widths", [(96, 128), (128, 96)])
@@ -70,7 +84,7 @@ def test_products_for_amx_are_of_bfloat16(widths):
     """Where XLA on a CPU would widen both factors, and multiply float32 several times as slowly."""
 
     def both(rows, kernel, gradient):
-        result, backward = jax.vjp(lambda x, w: layers.product(x, w.astype(x.dtype), amx=True), rows, kernel)
+        result, backward = jax.vjp(lambda x, w: layers.product(x, w.astype(x.dtype), units="amx"), rows, kernel)
         return result, *backward(gradient)
 
     shapes = ((200, widths[0]), widths, (200, widths[1]))

@@ -88,7 +88,9 @@ def product_backward(units: str, kept, gradient):
     return contract(gradient, kernel, 1, amx), of_kernel
 
 
-product.defvjp(lambda rows, kernel, units: (product(rows, kernel, units), (rows, kernel)), product_backward)
+product.defvjp(  # the product itself, not `product`: "dots" of `model.remat` keeps what it sees of products
+    lambda rows, kernel, units: (contract(rows, kernel, 0, units == "amx"), (rows, kernel)), product_backward
+)
 
 
 def contract(x: Float[Array, "R K"], y: Float[Array, "_ _"], axis: int, amx: bool) -> Float[Array, "R _"]:

@@ -60,33 +60,33 @@ def call(interpret: bool, x, gradient, mean, inverse, scale):
 def kernel(x_ref, dy_ref, mean_ref, inverse_ref, scale_ref, dx_ref, of_scale_ref, of_bias_ref, *, turns: int):
     """`turns` times `ROWS` rows."""
     rows, width = x_ref.shape
-    size = pl.next_power_of_2(width)
-    column = jnp.arange(size) < width
+    columns = jnp.arange(pl.next_power_of_2(width))
+    real = columns < width
     program = pl.program_id(0)
-    scale = triton.load(scale_ref.at[pl.ds(0, size)], mask=column, other=0.0)
+    scale = triton.load(scale_ref.at[columns], mask=real, other=0.0)
 
     def add(turn, state):
         of_scale, of_bias = state
-        start = (program * turns + turn) * ROWS
-        row = start + jnp.arange(ROWS) < rows
-        inside = row[:, None] & column[None, :]
+        index = (program * turns + turn) * ROWS + jnp.arange(ROWS)
+        inside = (index < rows)[:, None] & real[None, :]
+        place = index[:, None], columns[None, :]
 
         def block(ref: Any) -> Array:
-            return triton.load(ref.at[pl.ds(start, ROWS), pl.ds(0, size)], mask=inside, other=0.0).astype(jnp.float32)
+            return triton.load(ref.at[place], mask=inside, other=0.0).astype(jnp.float32)
 
         x, dy = block(x_ref), block(dy_ref)
         mean, inverse = (
-            triton.load(ref.at[pl.ds(start, ROWS)], mask=row, other=0.0)[:, None] for ref in (mean_ref, inverse_ref)
+            triton.load(ref.at[index], mask=index < rows, other=0.0)[:, None] for ref in (mean_ref, inverse_ref)
         )
         unit = jnp.where(inside, (x - mean) * inverse, 0.0)
         scaled = dy * scale
         along = (scaled * unit).sum(axis=1, keepdims=True) * (1.0 / width)
         average = scaled.sum(axis=1, keepdims=True) * (1.0 / width)
         dx = inverse * (scaled - average - unit * along)
-        triton.store(dx_ref.at[pl.ds(start, ROWS), pl.ds(0, size)], dx.astype(dx_ref.dtype), mask=inside)
+        triton.store(dx_ref.at[place], dx.astype(dx_ref.dtype), mask=inside)
         return of_scale + (dy * unit).sum(axis=0), of_bias + dy.sum(axis=0)
 
-    zeros = jnp.zeros(size, jnp.float32)
+    zeros = jnp.zeros(columns.shape, jnp.float32)
     sums = jax.lax.fori_loop(0, turns, add, (zeros, zeros))
     for ref, total in zip((of_scale_ref, of_bias_ref), sums, strict=True):
-        triton.store(ref.at[program, pl.ds(0, size)], total, mask=column)
+        triton.store(ref.at[program, columns], total, mask=real)

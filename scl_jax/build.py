@@ -92,7 +92,7 @@ def units(dtype: str, information: Path = Path("/proc/cpuinfo")) -> str:
     """What multiplies this type on this machine's processor: `Precision.units`, "" where it is nothing special."""
     features = information.read_text() if information.exists() else ""
     name, feature = {"bfloat16": ("amx", "amx_bf16"), "float32": ("avx512", "avx512f")}.get(dtype, ("", ""))
-    return name if name and feature in features else ""
+    return name if feature in features else ""
 
 
 # What XLA is told for a GPU (benchmarks/RESULTS.md has what each does). Small products with the same weights are not

@@ -28,7 +28,7 @@ class Precision:
     param_dtype: Any = jnp.float32
     initializer_range: float = 0.02
     kernels: bool = False  # of our own, for GPUs: models/layer_norm_kernel.py
-    units: str = ""  # of a CPU, that multiply: "amx" (bfloat16), "avx512" (float32); the way of `product` hangs on them
+    units: str = ""  # of a CPU, that `product` suits: "amx" for bfloat16, "avx512" for float32, "" for all else
 
     @property
     def bert_init(self) -> Callable:

@@ -17,6 +17,7 @@ width, so that both fit into memory.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -86,6 +87,10 @@ def make_side(options: argparse.Namespace) -> Any:
     """An object with `run()`, which makes one step and waits for it."""
     from scl_jax.benchmark import workload
 
+    if options.worker in OURS and importlib.util.find_spec("scl_jax.host_memory"):  # an older checkout has none
+        from scl_jax.host_memory import keep_freed
+
+        keep_freed()
     config = load_config(options)
     if options.worker in OURS:
         return workload.Training(config, options.stream)
@@ -145,7 +150,7 @@ class Side:
         environment = os.environ | {
             "JAX_PLATFORMS": device if name in OURS else "cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the GPU
-            # memory of both sides in large pages, where glibc has the choice: a step of either allocates gigabytes
+            # memory of both sides in large pages: a step of either allocates gigabytes; ours keeps them, as in a run
             "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
             "PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
         }

@@ -25,11 +25,8 @@ wait "$images"
 python -m scl_jax.data.prepare --dataset=toy_world --out="$DATA" --train_tokenizer="$DATA/tokenizer"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # do not look for a TPU where launch/test.sh has installed its compiler
-# glibc returns the memory of every step to the system; large pages, and keeping what the main thread frees, spare a
-# third of the processor time of a step of so small a network. Not one arena for all threads: compilation leaves it
-# in pieces, and whoever decodes pictures then searches them (benchmarks/RESULTS.md, "A run").
-keep=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=64000000000:glibc.malloc.top_pad=67108864
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$keep}
+# memory in pages of 2 MB: less of a step's time goes into finding and clearing them (benchmarks/RESULTS.md, "A run")
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 # the many small programs of this run compile a quarter faster without the compiler's dearest passes
 export XLA_FLAGS=${XLA_FLAGS:---xla_llvm_disable_expensive_passes=true}
 python -m scl_jax.main --config=configs/quickstart.py --config.data.dir="$DATA" --workdir="$WORKDIR" "$@"

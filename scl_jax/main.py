@@ -66,11 +66,13 @@ def _run() -> bool:
     import jax
 
     from scl_jax.compilation_cache import keep_compiled
+    from scl_jax.host_memory import keep_freed
     from scl_jax.remat import out_of_memory
     from scl_jax.session import Session
     from scl_jax.training.checkpoint import no_space
 
     keep_compiled(_CONFIG.value.compilation_cache)
+    keep_freed()
     try:
         session = Session(_CONFIG.value, str(_WORKDIR.value), _MODE.value)
         if _MODE.value == "train":

@@ -257,6 +257,7 @@ def test_a_full_disk_is_said_whatever_is_written(monkeypatch):
 
     monkeypatch.setattr("scl_jax.session.Session", Full)
     monkeypatch.setattr("scl_jax.compilation_cache.keep_compiled", lambda _: None)
+    monkeypatch.setattr("scl_jax.host_memory.keep_freed", lambda: False)  # of all tests of this process
     monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": default_config()}))
     monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": "x"}))
     monkeypatch.setattr(main, "_MODE", type("Flag", (), {"value": "train"}))

@@ -218,6 +218,7 @@ def test_a_device_that_is_too_small_ends_a_run_with_what_to_do(code, monkeypatch
         monkeypatch.setattr(main, name, SimpleNamespace(value=value))
     monkeypatch.setattr(session, "Session", begin)
     monkeypatch.setattr(compilation_cache, "keep_compiled", lambda _: None)
+    monkeypatch.setattr("scl_jax.host_memory.keep_freed", lambda: False)  # of all tests of this process
     with pytest.raises(
         SystemExit, match="too small .*12345678 bytes.*model.remat=full .*train.accumulate .in a new --work"
     ):

@@ -34,7 +34,10 @@ _JSON = flags.DEFINE_string("json", "", "Where the results go as JSON; empty: no
 
 
 def run(command: str) -> dict[str, Any]:
-    """The results of one command."""
+    """The results of one command, with memory as in a run."""
+    from scl_jax.host_memory import keep_freed
+
+    keep_freed()
     config = _CONFIG.value
     if command == "input":
         from scl_jax.benchmark import input as input_benchmark

@@ -1,7 +1,7 @@
 """Memory of a step that the CPU computes: what one step frees serves the next.
 
 glibc returns large blocks to the system as soon as they are freed. A step at full size takes gigabytes, and the kernel
-would find and clear their pages anew each time: a tenth of the step (benchmarks/RESULTS.md, "Memory that a step frees").
+would find and clear their pages anew each time: a tenth of the step (benchmarks/RESULTS.md, "A run").
 """
 
 from __future__ import annotations

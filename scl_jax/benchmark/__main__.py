@@ -34,10 +34,7 @@ _JSON = flags.DEFINE_string("json", "", "Where the results go as JSON; empty: no
 
 
 def run(command: str) -> dict[str, Any]:
-    """The results of one command, with memory as in a run."""
-    from scl_jax.host_memory import keep_freed
-
-    keep_freed()
+    """The results of one command."""
     config = _CONFIG.value
     if command == "input":
         from scl_jax.benchmark import input as input_benchmark
@@ -47,6 +44,9 @@ def run(command: str) -> dict[str, Any]:
         from scl_jax.benchmark import pipeline
 
         return pipeline.measure(config, _SECONDS.value)
+    from scl_jax.host_memory import keep_freed
+
+    keep_freed()  # as in a run
     if command == "retrieval":
         from scl_jax.benchmark import retrieval
 

@@ -22,7 +22,7 @@ def keep_freed() -> bool:
     """Has glibc keep what this process frees, where a CPU computes; before JAX's first use.
 
     Blocks larger than 64 MB are kept in the heap of the main thread only, so steps run in the thread that calls them.
-    Nobody waits longer for that: a step takes every core, and data are read by threads of their own.
+    Little is lost by that: a step takes every core, and data are read by threads of their own.
 
     Returns:
         Whether it does. Not beside an accelerator, without glibc, or where GLIBC_TUNABLES has one of `OPTIONS`.

@@ -1,8 +1,8 @@
 """The training loop: batches in, steps, logs, evaluations, checkpoints; it continues where a checkpoint left off.
 
 A step is dispatched, then the next batch is fetched while the device works; a CPU that keeps its memory finishes the
-step first (`host_memory.py`). Metrics stay on the device until a line of the log is due, so the loop never waits for the
-device except to keep no more than two steps in flight.
+step first (`host_memory.py`). Metrics stay on the device until a line of the log is due, so the loop never waits for
+the device except to keep no more than two steps in flight.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ OPTIONS = ("mmap_max", "mmap_threshold", "trim_threshold")  # of GLIBC_TUNABLES,
 
 
 def keep_freed() -> bool:
-    """Has glibc keep what this process frees, where a CPU computes; before JAX's first use.
+    """Has glibc keep what this process frees (mallopt(3)), where a CPU computes; before JAX's first use.
 
     Blocks larger than 64 MB are kept in the heap of the main thread only, so steps run in the thread that calls them.
     Little is lost by that: a step takes every core, and data are read by threads of their own.

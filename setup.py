@@ -1,7 +1,8 @@
 """Install scl_jax: ranges here, the exact tested versions in requirements.txt.
 
 Python 3.11 resolves to jax 0.10, Python 3.12 and 3.13 (which Colab has) to jax 0.12. The tests run with 0.10 (Python
-3.11) and 0.11 (3.12); those of 29 November passed with 0.12, too, which also compiled the step for GPUs and TPUs.
+3.11) and 0.11 (3.12; those of 30 November with 3.13, too); those of 29 November passed with 0.12, which also compiled
+the step for GPUs and TPUs.
 """
 
 from pathlib import Path

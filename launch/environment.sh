@@ -2,10 +2,10 @@
 # Sourced by the other scripts: a Python environment in .venv that holds exactly the pinned versions.
 #   ensure_environment FILE...   installs each requirements file once, again when the file or Python has changed
 
-find_python() { # prints the first interpreter that is Python 3.11 or 3.12 and can make environments
+find_python() { # prints the first interpreter that is Python 3.11 to 3.13 and can make environments
   local candidate
-  for candidate in "${PYTHON:-python3}" python3.12 python3.11; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+  for candidate in "${PYTHON:-python3}" python3.12 python3.13 python3.11; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return 0
     fi
@@ -20,7 +20,7 @@ make_environment() {
   elif command -v uv >/dev/null; then
     uv venv --quiet --seed --python 3.12 .venv # uv brings an interpreter of its own
   else
-    echo "Python 3.11 or 3.12 with its venv module is needed and none was found (on Debian: apt-get install python3-venv)." >&2
+    echo "Python 3.11, 3.12 or 3.13 with its venv module is needed and none was found (on Debian: apt-get install python3-venv)." >&2
     echo "Install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
     return 1
   fi

@@ -65,6 +65,32 @@ def test_so_do_the_others(script):
     assert f"launch/{script}" in done.stdout and "#" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "versions, found",
+    [
+        ({"python3": "3.13", "python3.12": "3.12"}, "python3"),
+        ({"python3": "3.14", "python3.13": "3.13", "python3.11": "3.11"}, "python3.13"),
+        ({"python3": "3.9", "python3.11": "3.11"}, "python3.11"),
+        ({"python3": "3.14"}, ""),
+    ],
+)
+def test_an_environment_is_made_by_a_python_that_the_pins_are_for(tmp_path, versions, found):
+    for name, version in versions.items():
+        stand_in = f"import sys; sys.version_info = (*map(int, '{version}'.split('.')), 0); exec(sys.argv.pop())"
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(stand_in)} "$2"\n')
+        program.chmod(0o755)
+    only = {"PATH": str(tmp_path)}
+    done = subprocess.run(
+        ["/bin/bash", "-c", "source launch/environment.sh; find_python"],
+        cwd=ROOT,
+        env=only,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == found and done.returncode == int(not found)
+
+
 def test_gpus_of_this_machine():
     (command,) = printed("local_gpu.sh", "--workdir=runs/a b", "--gpus=0,3", *TRAIN)
     assert command[:3] == ["env", "CUDA_VISIBLE_DEVICES=0,3", "JAX_PLATFORMS=cuda"]

@@ -78,7 +78,8 @@ def test_an_environment_is_made_by_a_python_that_the_pins_are_for(tmp_path, vers
     for name, version in versions.items():
         stand_in = f"import sys; sys.version_info = (*map(int, '{version}'.split('.')), 0); exec(sys.argv.pop())"
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(stand_in)} "$2"\n')
+        # called as `python -c CODE`: this Python runs that code as if it were of the other version
+        program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", stand_in])} "$2"\n')
         program.chmod(0o755)
     only = {"PATH": str(tmp_path)}
     done = subprocess.run(
